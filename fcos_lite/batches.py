@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['pad_boxes', 'make_example', 'most_boxes', 'stand_in', 'epoch_order', 'Batches']
 
-# %% ../nbs/06_batches.ipynb #3692ffc8
+# %% ../nbs/06_batches.ipynb #dfc2be0d
 import math
 import warnings
 from dataclasses import replace
 import keras
 import numpy as np
+from .checks import Report, stop_past
 from .config import InputError, check
-from .formats import Report, stop_past
 from .images import Example, Letterbox
 
 # %% ../nbs/06_batches.ipynb #b9cccf08
@@ -62,7 +62,7 @@ def epoch_order(
     "The order of an epoch: the same for the same seed and epoch, whatever came before."
     return np.arange(count) if seed is None else np.random.default_rng((seed, epoch)).permutation(count)
 
-# %% ../nbs/06_batches.ipynb #9057dee8
+# %% ../nbs/06_batches.ipynb #a04ed1b1
 class Batches(keras.utils.PyDataset):
     "Examples as batches of one shape; `epoch` says which order they come in, and may be set to resume there."
     def __init__(self,
@@ -104,7 +104,7 @@ class Batches(keras.utils.PyDataset):
     @property
     def report(self): # Report
         "What could not be read so far."
-        report = Report(f"{len(self.examples):,} pictures in batches of {self.batch_size}", pictures=len(self.examples) - len(self.lost))
+        report = Report(f"{len(self.examples):,} pictures in batches of {self.batch_size}", pictures=len(self.examples) - len(self.lost), boxes=None)
         for error in self.lost.values(): report.skip("picture that cannot be read", error)
         return report
 

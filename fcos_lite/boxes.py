@@ -11,17 +11,17 @@ import numpy as np
 from keras import ops
 from .config import InputError, check
 
-# %% ../nbs/01_boxes.ipynb #907a606d
+# %% ../nbs/01_boxes.ipynb #e5c3cddc
 ORDERS = ("xyxy", "xywh", "cxcywh")
 
 def convert(
     boxes,  # (..., 4) in the order of source
     source, # "xyxy", "xywh" or "cxcywh"
     target, # one of the same
-): # (..., 4) in the order of target
+): # (..., 4) float32 in the order of target
     "Boxes from one order of numbers to another."
     for name, order in (("source", source), ("target", target)): check(order in ORDERS, f"{name} {order!r}: choose one of {', '.join(ORDERS)}")
-    first, second, third, fourth = ops.unstack(boxes, 4, axis=-1)
+    first, second, third, fourth = ops.unstack(ops.convert_to_tensor(boxes, "float32"), 4, axis=-1)
     left, top, right, bottom = {
         "xyxy": lambda: (first, second, third, fourth),
         "xywh": lambda: (first, second, first + third, second + fourth),

@@ -21,7 +21,7 @@ def counted(n, word):
     "A number and its noun: 1 box, 2 boxes."
     return f"{n:,} {word}{'' if n == 1 else 'es' if word.endswith('x') else 's'}"
 
-# %% ../nbs/05a_checks.ipynb #3c9f28c8
+# %% ../nbs/05a_checks.ipynb #0c3f6c0f
 @dataclass
 class Report:
     "What was read, and what was left out and why."
@@ -35,7 +35,7 @@ class Report:
 
     def skip(self, reason, case):
         self.skipped[reason] += 1
-        self.first.setdefault(reason, case)
+        self.first.setdefault(reason, case if len(case) < 300 else case[:300] + " ...")
 
     def __str__(self):
         found = f"  {counted(self.pictures, 'picture')}"
@@ -57,20 +57,22 @@ def stop_past(
 class Skip(Exception):
     "One picture or box cannot be used; the text is the reason."
 
-# %% ../nbs/05a_checks.ipynb #0072bef0
+# %% ../nbs/05a_checks.ipynb #9d55cb66
 ORIENTATION = 274   # EXIF's number for the way the camera was held
 
 def header_of(path): # (width, height) as stored, pixels; EXIF orientation, 1..8; whether the file seems whole
     "What a picture's first and last bytes tell."
     with open(path, "rb") as file:
         header = Image.open(file, formats=FORMATS)
-        size, orientation, end = header.size, header.getexif().get(ORIENTATION, 1), ENDS.get(header.format, b"")
+        size, end = header.size, ENDS.get(header.format, b"")
+        quick = header.format != "PNG" or "exif" in header.info   # a PNG without EXIF is searched to its end, which decodes it
+        orientation = header.getexif().get(ORIENTATION, 1) if quick else 1
         file.seek(-len(end), os.SEEK_END)
         return size, orientation, file.read() == end and math.prod(size) <= MAX_PIXELS
 
 def peek(path): # (width, height) as stored, pixels; EXIF orientation, 1..8
     "A picture's size, mostly without decoding it; raises `InputError` where it is missing, cut off or no picture."
-    check(path.is_file(), f"{path}: no such file")
+    check(os.path.isfile(path), f"{path}: no such file")
     try: size, orientation, whole = header_of(path)
     except (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError):
         height, width = read_image(path).shape[:2]   # let the decoder say what is wrong, or that nothing is

@@ -37,7 +37,7 @@ def outlines(
     points = (centres[:, None] + rims - origin) * (16 * zoom) - 8
     return np.round(points).astype(np.int32)
 
-# %% ../nbs/04a_figures.ipynb #b0816357
+# %% ../nbs/04a_figures.ipynb #db2e35d0
 def discs(parts): # centres (N, 2) float32, radii (N, 1) float32, first disc of each part and the end
     "All discs of a figure in one array."
     centres = np.array([centre for part in parts for centre in part.centres], np.float32)
@@ -50,8 +50,8 @@ def extent(centres, radii): # left top (2,), right bottom (2,)
 
 def tallness(parts): # > 0, in heights of a standing person
     "From the highest point of a figure to its lowest."
-    (_, top), (_, bottom) = extent(*discs(parts)[:2])
-    return float(bottom - top)
+    rows = [(y, radius) for part in parts for (_, y), radius in zip(part.centres, part.radii)]
+    return float(max(y + radius for y, radius in rows) - min(y - radius for y, radius in rows))
 
 # %% ../nbs/04a_figures.ipynb #66e7c834
 class Sprite(NamedTuple):
@@ -64,16 +64,17 @@ def shade(color, factor): # red, green, blue, 0..255
     "A colour in more light (factor > 1) or less."
     return tuple(min(255, int(channel * factor)) for channel in color)
 
-# %% ../nbs/04a_figures.ipynb #b940c7d4
+# %% ../nbs/04a_figures.ipynb #3990ad60
 def paint(
     canvas, # (H, W, 4) uint8, changed in place
     parts,  # list of `Part`, the hindmost first
     origin, # (2,) the point that falls on pixel (0, 0)
     zoom,   # pixels a unit
     lit,    # draw the bright side too
+    gathered=None, # `discs(parts)`, where it is known already
 ):
     "Every part's hull, one over the other."
-    centres, radii, starts = discs(parts)
+    centres, radii, starts = gathered or discs(parts)
     whole = outlines(centres, radii, origin, zoom)
     bright = outlines(centres - 0.2 * radii, radii * 0.64, origin, zoom) if lit else whole
     for part, start, end in zip(parts, starts, starts[1:]):
@@ -85,26 +86,27 @@ def fill(canvas, points, color):
     hull = points[0] if len(points) == 1 else cv2.convexHull(points.reshape(-1, 2))
     cv2.fillConvexPoly(canvas, hull, (*color, 255), cv2.LINE_AA, 4)
 
-# %% ../nbs/04a_figures.ipynb #a6aeed27
+# %% ../nbs/04a_figures.ipynb #a0c51532
 def render(parts, scale): # Sprite
     "A figure as a patch just large enough; a standing person is `scale` pixels tall."
-    left_top, right_bottom = extent(*discs(parts)[:2])
+    gathered = discs(parts)
+    left_top, right_bottom = extent(*gathered[:2])
     width, height = (float(side) for side in (right_bottom - left_top) * scale)
     finer = max(1, int(np.ceil(72 / height)))
     size, origin = (int(np.ceil(width)) + 2, int(np.ceil(height)) + 2), left_top - 1 / scale
     canvas = np.zeros((size[1] * finer, size[0] * finer, 4), np.uint8)
-    paint(canvas, parts, origin, scale * finer, lit=height > 24)
+    paint(canvas, parts, origin, scale * finer, height > 24, gathered)
     if finer > 1: canvas = cv2.resize(canvas, size, interpolation=cv2.INTER_AREA)
     return Sprite(canvas, tuple(-origin * scale), scale)
 
-# %% ../nbs/04a_figures.ipynb #dbdc240c
+# %% ../nbs/04a_figures.ipynb #3cbfcbed
 def step(
-    start,  # (..., 2)
-    angles, # (...,) from straight down, radians, positive to the right
+    start,  # (2,) or (N, 2)
+    angles, # () or (N,) from straight down, radians, positive to the right
     length, # in heights of a standing person
-): # (..., 2)
+): # (2,) or (N, 2)
     "Where bones end."
-    return start + length * np.stack([np.sin(angles), np.cos(angles)], -1)
+    return start + length * np.array([np.sin(angles), np.cos(angles)]).T
 
 @dataclass(frozen=True)
 class Pose:

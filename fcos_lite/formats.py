@@ -6,9 +6,10 @@
 __all__ = ['KINDS', 'FIELDS', 'load_json', 'is_number', 'check_entries', 'class_labels', 'box_corners', 'box_row', 'picture_path',
            'read_entry', 'Examples', 'by_picture', 'read_all', 'read_coco', 'as_coco', 'write_coco']
 
-# %% ../nbs/05_formats.ipynb #691108d6
+# %% ../nbs/05_formats.ipynb #c119e72c
 import json
 import math
+import os
 import reprlib
 from collections import Counter
 from pathlib import Path, PureWindowsPath
@@ -163,7 +164,7 @@ def by_picture(
         else: report.skip("box of a picture that is not listed", f"annotations[{number}].image_id {annotation['image_id']}")
     return rows
 
-# %% ../nbs/05_formats.ipynb #6392bfbc
+# %% ../nbs/05_formats.ipynb #9b2d225d
 def read_all(images, folder, rows, labels, report): # [Example]
     "The pictures that can be used; those that cannot be are counted, by reason."
     examples = []
@@ -171,7 +172,7 @@ def read_all(images, folder, rows, labels, report): # [Example]
         file = picture_path(folder, image, report.path)
         try: examples.append(read_entry(image, file, rows[image["id"]], labels, report))
         except Skip as reason: report.skip(f"picture {reason}", f"{file}: {image['width']} x {image['height']} by the annotation")
-        except InputError as error: report.skip("picture that is missing" if not file.is_file() else "picture that cannot be read", str(error))
+        except InputError as error: report.skip("picture that is missing" if not os.path.isfile(file) else "picture that cannot be read", str(error))
     report.pictures, report.empty = len(examples), sum(not len(example.boxes) for example in examples)
     every = [label for example in examples for label in example.labels]
     report.crowds = every.count(-2)

@@ -19,7 +19,7 @@ from .nms import Detections, decode, nms
 from .targets import assign
 from .weights import find_weights, load_weights, preset_of, save_weights
 
-# %% ../nbs/14_model.ipynb #aba7cac2
+# %% ../nbs/14_model.ipynb #7e2e6b0c
 class FCOS(keras.Model):
     "A detector: pyramid and heads, and what they need to learn and to find."
     def __init__(self,
@@ -32,7 +32,7 @@ class FCOS(keras.Model):
         self.network, self.recipe = network, recipe
         self.fpn = fpn_model(network)
         self.heads = Heads(network, name="heads", dtype="float32")
-        self.augment = Augment(recipe.flip, recipe.brightness, recipe.noise, recipe.augment_probability, seed=seed, dtype="float32")
+        self.augment = Augment(recipe.flip, recipe.brightness, recipe.noise, recipe.augment_probability, seed=seed)
         self.parts = {name: keras.metrics.Mean(name=name) for name in ("cls", "reg", "ctr")}
         object.__setattr__(self, "graphs", {})   # kept from Keras: what is made around this model is no part of it
         self.build()
@@ -109,7 +109,7 @@ class FCOS(keras.Model):
         "A trained detector, by the name of shipped weights, the folder of a run, or a `.weights.h5` file with its `config.json` beside it."
         return load(name, **kwargs)
 
-# %% ../nbs/14_model.ipynb #415cc65d
+# %% ../nbs/14_model.ipynb #7ee6720c
 class Detector(keras.Model):
     "A detector with decoding and NMS, one graph: squares in, boxes out."
     def __init__(self,
@@ -118,6 +118,7 @@ class Detector(keras.Model):
     ):
         super().__init__(dtype="float32")
         self.model, self.thresholds = model, thresholds
+        self.jit_compile = keras.backend.backend() == "jax"   # XLA on TensorFlow takes three times as long to compile this, and runs it no faster
 
     def call(self,
         image, # (B, S, S, 3) uint8, or floats in [0, 255]

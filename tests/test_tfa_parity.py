@@ -224,10 +224,11 @@ def test_every_weight_is_compared(small):
     assert max(small.differences().values()) < TOLERANCE
 
 
-@pytest.mark.parametrize("change", [
-    dict(group_epsilon=1e-5), dict(leaky_slope=0.2), dict(stem_groups=32), dict(backbone_groups=16), dict(pyramid_groups=16),
-    dict(tower_groups=32), dict(centerness_tower="reg")], ids=lambda change: "{}={}".format(*next(iter(change.items()))))
-def test_another_network_with_these_weights_differs(small, change):
-    model, weights = our_network(replace(small.network, **change))
+OTHERS = [("group_epsilon", 1e-5), ("leaky_slope", 0.2)]
+MORE = [("stem_groups", 32), ("backbone_groups", 16), ("pyramid_groups", 16), ("tower_groups", 32), ("centerness_tower", "reg")]
+
+@pytest.mark.parametrize("field, value", OTHERS + [pytest.param(*more, marks=pytest.mark.slow) for more in MORE])
+def test_another_network_with_these_weights_differs(small, field, value):
+    model, weights = our_network(replace(small.network, **{field: value}))
     assign(weights, small.values)
     assert max(small.differences(model).values()) > 10 * TOLERANCE
