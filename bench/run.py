@@ -8,6 +8,7 @@ import os
 import platform
 import statistics
 import time
+from dataclasses import replace
 from pathlib import Path
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
@@ -17,7 +18,7 @@ import tensorflow as tf
 from document_targets import document_targets
 from fcos_lite.backbone import GroupNorm
 from fcos_lite.batches import Batches
-from fcos_lite.config import SCRATCH_RECIPE, SOURCE, SOURCE_CAMERA, replace
+from fcos_lite.config import SCRATCH_RECIPE, SOURCE, SOURCE_CAMERA
 from fcos_lite.model import FCOS
 from fcos_lite.scenes import Scenes, World
 from fcos_lite.targets import assign

@@ -14,13 +14,15 @@ PACKAGE = ROOT / "fcos_lite"
 FLOORS = [
     {"config"},
     {"boxes", "schedule", "backbone", "visualize"},
-    {"images", "fpn", "heads", "targets", "losses", "augment"},
-    {"figures", "formats", "nms", "batches"},
-    {"scenes", "model"},
-    {"evaluate", "detect", "runs"},
+    {"images", "fpn", "heads", "targets", "losses", "augment", "figures"},
+    {"checks", "nms", "backdrops", "weights"},
+    {"scenes", "formats", "batches", "model"},
+    {"metrics", "runs", "detect"},
+    {"evaluate"},
     {"training"},
     {"train"},
-    {"demo", "cli"},
+    {"demo"},
+    {"cli"},
 ]
 FLOOR = {module: floor for floor, modules in enumerate(FLOORS) for module in modules}
 MODULES = sorted(p.stem for p in PACKAGE.glob("*.py") if not p.stem.startswith("_"))

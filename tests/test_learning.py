@@ -3,6 +3,7 @@ import csv
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 import h5py
 import numpy as np
@@ -57,7 +58,7 @@ def learn_by_heart(examples, class_names, image_size, steps, seed=0):
     "The figures of the source network on the very examples that it has learned from."
     import keras
     from fcos_lite.batches import Batches
-    from fcos_lite.config import SCRATCH_RECIPE, SOURCE, replace
+    from fcos_lite.config import SCRATCH_RECIPE, SOURCE
     from fcos_lite.evaluate import coco_evaluation, predict
     from fcos_lite.model import FCOS
     from fcos_lite.training import make_optimizer
