@@ -116,6 +116,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                     'fcos_lite.evaluate.evaluate': ('evaluate.html#evaluate', 'fcos_lite/evaluate.py'),
                                     'fcos_lite.evaluate.main': ('evaluate.html#main', 'fcos_lite/evaluate.py'),
                                     'fcos_lite.evaluate.parser': ('evaluate.html#parser', 'fcos_lite/evaluate.py'),
+                                    'fcos_lite.evaluate.picture_of': ('evaluate.html#picture_of', 'fcos_lite/evaluate.py'),
                                     'fcos_lite.evaluate.plot_precision_recall': ( 'evaluate.html#plot_precision_recall',
                                                                                   'fcos_lite/evaluate.py'),
                                     'fcos_lite.evaluate.predict': ('evaluate.html#predict', 'fcos_lite/evaluate.py'),

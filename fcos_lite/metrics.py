@@ -40,13 +40,14 @@ def match(
             free[:, matched[i]] = -1
     return matched
 
-# %% ../nbs/16a_metrics.ipynb #04cd0fd6
+# %% ../nbs/16a_metrics.ipynb #5d89ac0f
 def pretend(
     examples,
     seed=0,
     jitter=0.06,  # standard deviation of each side, in shares of the box
     alarms=0.6,   # phantoms a picture
     overlook=20,  # pixels: of people this tall, half are overlooked; of taller ones, fewer
+    twice=0.1,    # share of people found twice
 ): # a list of Detections
     "Spoiled truth, to try metrics on: no detector, but as faulty as one."
     rng, found = np.random.default_rng(seed), []
@@ -54,7 +55,8 @@ def pretend(
         real = example.labels >= 0
         boxes, labels = example.boxes[real], example.labels[real]
         height = boxes[:, 3] - boxes[:, 1]
-        seen = np.repeat(rng.random(len(boxes)) > overlook / (overlook + height), 1 + (rng.random(len(boxes)) < 0.1))[:len(boxes)] if len(boxes) else np.zeros(0, bool)
+        seen = np.flatnonzero(rng.random(len(boxes)) > overlook / (overlook + height))
+        seen = np.append(seen, seen[rng.random(len(seen)) < twice])
         boxes, labels, height = boxes[seen], labels[seen], height[seen]
         moved = boxes + rng.normal(0, jitter, boxes.shape) * np.tile(boxes[:, 2:] - boxes[:, :2], 2)
         sure = 1 / (1 + np.exp(-rng.normal(0.4 + height / 80, 0.8)))
@@ -99,7 +101,7 @@ def in_memory(
     with contextlib.redirect_stdout(io.StringIO()): coco.createIndex()
     return coco
 
-# %% ../nbs/16a_metrics.ipynb #43795888
+# %% ../nbs/16a_metrics.ipynb #41f4461a
 def ground_truth(
     examples,
     class_names,
@@ -116,7 +118,7 @@ def coco_evaluation(
     examples,
     detections,  # one Detections for each example
     class_names,
-): # {"AP": ..., ...} fractions, -1 where there is nothing to measure; the COCOeval
+): # {"AP": ..., ...} fractions, -1 where there is nothing to measure; COCOeval's arrays, and each picture's "matches"
     "COCO's twelve figures."
     check(len(examples) == len(detections), f"{len(examples)} pictures, but detections for {len(detections)}: give one for each, empty ones too")
     rows = [row for i, d in enumerate(detections) for row in
@@ -124,7 +126,7 @@ def coco_evaluation(
     with contextlib.redirect_stdout(io.StringIO()):
         evaluation = COCOeval(ground_truth(examples, class_names), in_memory(rows, len(examples), class_names), "bbox")
         evaluation.evaluate(); evaluation.accumulate(); evaluation.summarize()
-    return {name: float(value) for name, value in zip(METRICS, evaluation.stats)}, evaluation
+    return {name: float(value) for name, value in zip(METRICS, evaluation.stats)}, {**evaluation.eval, "matches": evaluation.evalImgs}
 
 # %% ../nbs/16a_metrics.ipynb #0747e297
 def source_ap(
@@ -151,16 +153,16 @@ def source_map75(
     check(len(examples) == len(detections) and len(examples), f"{len(examples)} pictures and detections for {len(detections)}: give one for each of at least one picture")
     return float(np.mean([source_ap(example, found, threshold) for example, found in zip(examples, detections)]))
 
-# %% ../nbs/16a_metrics.ipynb #41a9389c
+# %% ../nbs/16a_metrics.ipynb #50aa39a6
 def ranking(
-    evaluation, # COCOeval, evaluated
-    label,      # class index
-    iou=0.5,    # of COCO's ten
+    results, # as `coco_evaluation` gives them
+    label,   # class index
+    iou=0.5, # of COCO's ten
 ): # (D,) scores, falling; (D,) bool, right; how many people
     "All boxes of a class over all pictures, those in crowds left out."
-    pictures, row = len(evaluation.params.imgIds), int(round((iou - 0.5) / 0.05))
-    first = label * len(evaluation.params.areaRng) * pictures       # COCOeval's order: class, range of areas (all of them first), picture
-    each = [e for e in evaluation.evalImgs[first:first + pictures] if e is not None]
+    pictures, row = len(results["params"].imgIds), int(round((iou - 0.5) / 0.05))
+    first = label * len(results["params"].areaRng) * pictures       # COCOeval's order: class, range of areas (all of them first), picture
+    each = [e for e in results["matches"][first:first + pictures] if e is not None]
     counted = [~np.array(e["dtIgnore"][row], bool) for e in each]
     score = np.concatenate([np.zeros(0), *(np.array(e["dtScores"])[c] for e, c in zip(each, counted))])
     right = np.concatenate([np.zeros(0), *(e["dtMatches"][row][c] for e, c in zip(each, counted))]) > 0
@@ -179,18 +181,18 @@ def best_cut(
     k = int(f1.argmax())
     return float((score[k] + (score[k + 1] if k + 1 < len(score) else 0)) / 2), float(f1[k])
 
-# %% ../nbs/16a_metrics.ipynb #00fb5821
+# %% ../nbs/16a_metrics.ipynb #d6e6abab
 def precision_recall(
-    evaluation,  # COCOeval, accumulated
+    results,     # as `coco_evaluation` gives them
     class_names,
     iou=0.5,
 ): # {class: precision and recall (D,), AP, AP50, threshold, f1}
     "What is known of each class; AP is -1 where there is nobody to find."
     curves = {}
     for k, name in enumerate(class_names):
-        score, right, people = ranking(evaluation, k, iou)
+        score, right, people = ranking(results, k, iou)
         threshold, f1 = best_cut(score, right, people)
-        hits, precision = np.cumsum(right), evaluation.eval["precision"][:, :, k, 0, -1]
+        hits, precision = np.cumsum(right), results["precision"][:, :, k, 0, -1]
         curves[name] = {"precision": hits / np.arange(1, len(hits) + 1), "recall": hits / max(people, 1),
                         "AP": float(precision.mean()), "AP50": float(precision[0].mean()), "threshold": threshold, "f1": f1}
     return curves

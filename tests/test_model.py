@@ -1,0 +1,45 @@
+"""What 16-bit policies may touch, each in a process of its own because a policy is global."""
+import os
+import subprocess
+import sys
+import pytest
+
+PROGRAM = """
+import sys
+import keras, numpy as np
+from dataclasses import replace
+from fcos_lite.config import SCRATCH_RECIPE, SOURCE
+keras.config.set_dtype_policy(sys.argv[1])
+from fcos_lite.evaluate import Evaluator
+from fcos_lite.config import COCO_EVALUATION
+from fcos_lite.model import FCOS
+
+boxes = np.float32([[[301.7, 77.3, 417.2, 509.4], [0, 0, 0, 0]], [[11.3, 20.9, 350.1, 401.6], [260.3, 300.1, 290.7, 399.9]]])
+batch = {"image": np.random.default_rng(0).integers(0, 256, (2, 512, 512, 3)).astype("uint8"), "boxes": boxes, "labels": np.int32([[0, -1], [0, 0]])}
+network = replace(SOURCE, backbone_blocks=(1, 1, 1, 1), tower_depth=1)
+model = FCOS(network, replace(SCRATCH_RECIPE, flip=0.0))
+assert model.fpn.layers[-1].compute_dtype == sys.argv[1].removeprefix("mixed_"), "the policy does not reach the pyramid"
+assert model.heads.cls_tower.layers[0].compute_dtype == sys.argv[1].removeprefix("mixed_"), "the policy does not reach the towers"
+assert all(v.dtype == "float32" for v in model.weights)
+
+arrived, losses_of = [], FCOS.losses_of
+def watch(self, outputs, boxes, labels, *rest):
+    arrived.append((np.array(boxes), {name: keras.backend.standardize_dtype(value.dtype) for name, value in outputs.items()}))
+    return losses_of(self, outputs, boxes, labels, *rest)
+FCOS.losses_of = watch
+model.compile(optimizer=keras.optimizers.SGD(1e-3), run_eagerly=True)
+report = model.train_on_batch(batch, return_dict=True)
+Evaluator(model, (COCO_EVALUATION,))({**batch, "real": np.array([True, True])})
+assert all(np.isfinite(value) for value in report.values()), report
+assert all(np.isfinite(a).all() for a in model.get_weights())
+assert len(arrived) == 2
+for seen, dtypes in arrived:
+    np.testing.assert_array_equal(seen, boxes)
+    assert set(dtypes.values()) == {"float32"}, dtypes
+print("unrounded, finite")
+"""
+
+@pytest.mark.parametrize("policy", ["mixed_bfloat16", "mixed_float16"])
+def test_boxes_reach_the_loss_unrounded(policy):
+    done = subprocess.run([sys.executable, "-W", "error::UserWarning", "-c", PROGRAM, policy], capture_output=True, text=True, env={**os.environ, "TF_CPP_MIN_LOG_LEVEL": "3"})
+    assert done.returncode == 0 and "unrounded, finite" in done.stdout, done.stderr[-3000:]
