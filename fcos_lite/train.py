@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['EPILOG', 'parser', 'draw_data', 'read_data', 'estimate', 'learn', 'main']
 
-# %% ../nbs/19_train.ipynb #d9bde2cf
+# %% ../nbs/19_train.ipynb #21decf6a
 import argparse
 import sys
 import time
@@ -15,7 +15,7 @@ import numpy as np
 from .batches import Batches
 from .config import NETWORKS, RECIPES, Network, Recipe, add_flags, check, run_command, with_flags
 from .formats import Examples, read_coco
-from .report import evaluate
+from .evaluate import evaluate
 from .runs import Run
 from .scenes import Scenes, World
 from .training import Report, be_deterministic, build, make_optimizer
