@@ -22,7 +22,7 @@ from fcos_lite.config import SCRATCH_RECIPE, SOURCE, SOURCE_CAMERA
 from fcos_lite.model import FCOS
 from fcos_lite.scenes import Scenes, World
 from fcos_lite.targets import assign
-from fcos_lite.training import make_optimizer
+from fcos_lite.training import compile_for_training
 
 HERE = Path(__file__).parent
 
@@ -52,7 +52,7 @@ def bare_step(model):
 def training_step(size, batch_size, rounds):
     "Our whole training step, from NumPy arrays to updated weights, against the bare forward and backward pass."
     model = FCOS(replace(SOURCE, image_size=size), replace(SCRATCH_RECIPE, batch_size=batch_size))
-    model.compile(optimizer=make_optimizer(model.recipe, 1000))
+    compile_for_training(model, 1000)
     batch = Batches(Scenes(batch_size, 0, World(size=size)), batch_size, size)[0]
     step = bare_step(model)
     return side_by_side(lambda: model.train_on_batch(batch), lambda: [g.numpy() for g in step(batch["image"])], rounds)

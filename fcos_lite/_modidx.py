@@ -344,6 +344,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                     'fcos_lite.training.Report.speed': ('training.html#report.speed', 'fcos_lite/training.py'),
                                     'fcos_lite.training.be_deterministic': ('training.html#be_deterministic', 'fcos_lite/training.py'),
                                     'fcos_lite.training.build': ('training.html#build', 'fcos_lite/training.py'),
+                                    'fcos_lite.training.compile_for_training': ( 'training.html#compile_for_training',
+                                                                                 'fcos_lite/training.py'),
                                     'fcos_lite.training.dtype_policy': ('training.html#dtype_policy', 'fcos_lite/training.py'),
                                     'fcos_lite.training.has_gpu': ('training.html#has_gpu', 'fcos_lite/training.py'),
                                     'fcos_lite.training.make_optimizer': ('training.html#make_optimizer', 'fcos_lite/training.py'),
