@@ -284,6 +284,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                   'fcos_lite.scenes.Scenes.__init__': ('scenes.html#scenes.__init__', 'fcos_lite/scenes.py'),
                                   'fcos_lite.scenes.Scenes.__len__': ('scenes.html#scenes.__len__', 'fcos_lite/scenes.py'),
                                   'fcos_lite.scenes.Scenes.class_names': ('scenes.html#scenes.class_names', 'fcos_lite/scenes.py'),
+                                  'fcos_lite.scenes.Scenes.max_boxes': ('scenes.html#scenes.max_boxes', 'fcos_lite/scenes.py'),
                                   'fcos_lite.scenes.World': ('scenes.html#world', 'fcos_lite/scenes.py'),
                                   'fcos_lite.scenes.World.__post_init__': ('scenes.html#world.__post_init__', 'fcos_lite/scenes.py'),
                                   'fcos_lite.scenes.World.tallest': ('scenes.html#world.tallest', 'fcos_lite/scenes.py'),

@@ -48,7 +48,7 @@ class Evaluator(keras.Model):
         found = [nms(boxes, scores, t.iou, t.score, t.max_per_class, t.candidates) for t in self.thresholds]
         return {"losses": model.losses_of(outputs, batch["boxes"], batch["labels"], batch["real"]), "found": found}
 
-# %% ../nbs/16b_evaluate.ipynb #1a83d840
+# %% ../nbs/16b_evaluate.ipynb #80d973bd
 def predict(
     model,        # FCOS
     examples,     # a sequence of images.Example
@@ -60,7 +60,7 @@ def predict(
     check(len(examples), "no pictures to evaluate: give at least one")
     count = min(batch_size, len(examples))
     batches = Batches(examples, count, model.network.image_size, pad_value=model.network.pad_value)
-    evaluator = model.once(Evaluator, tuple(thresholds))
+    evaluator = model.once(Evaluator, tuple(thresholds), (count, batches.max_boxes))
     found, losses = [[] for _ in thresholds], {}
     for i in range(len(batches)):
         batch, part = batches[i], examples[i * count:(i + 1) * count]

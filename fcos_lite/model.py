@@ -19,7 +19,7 @@ from .nms import Detections, decode, nms
 from .targets import assign
 from .weights import find_weights, load_weights, preset_of, save_weights
 
-# %% ../nbs/14_model.ipynb #7e2e6b0c
+# %% ../nbs/14_model.ipynb #04ca9219
 class FCOS(keras.Model):
     "A detector: pyramid and heads, and what they need to learn and to find."
     def __init__(self,
@@ -85,10 +85,15 @@ class FCOS(keras.Model):
         losses = fcos_losses(found, targets, r.focal_alpha, r.focal_gamma, r.ltrb_weighting, r.centerness_normalizer)
         return {**losses, "loss": losses["cls"] + losses["reg"] + r.centerness_weight * losses["ctr"]}
 
-    def once(self, kind, thresholds):
-        "A model made around this one, compiled the first time and kept: `kind(self, thresholds)`."
-        if (kind, thresholds) not in self.graphs: self.graphs[kind, thresholds] = kind(self, thresholds)
-        return self.graphs[kind, thresholds]
+    def once(self,
+        kind,        # Detector, or another class of models made of a model and thresholds
+        thresholds,
+        shape=None,  # of what goes in, where another shape needs another graph
+    ): # kind(self, thresholds), made the first time and kept with its compiled graph
+        "What is built around this model, once."
+        key = kind, thresholds, shape
+        if key not in self.graphs: self.graphs[key] = kind(self, thresholds)
+        return self.graphs[key]
 
     def detector(self, thresholds=SOURCE_CAMERA):
         "Squares in, boxes out, in one compiled graph: a `Detector`."

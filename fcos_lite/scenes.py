@@ -192,7 +192,7 @@ def draw_scene(
     number = seed[-1] if isinstance(seed, tuple) else seed
     return Example(int(number) + 1, image, np.array(boxes, np.float32).reshape(-1, 4), np.array(labels, np.int32), world.size, world.size, np.array(areas, np.float32))
 
-# %% ../nbs/04c_scenes.ipynb #884dd204
+# %% ../nbs/04c_scenes.ipynb #2fc97124
 class Scenes(Sequence):
     "As many scenes as wanted, drawn when asked for; index i of a seed is the same scene whatever the count."
     def __init__(self,
@@ -202,6 +202,12 @@ class Scenes(Sequence):
     ):
         check(count >= 0 and seed >= 0, f"count {count}, seed {seed}: neither may be negative")
         self.indices, self.seed, self.world = range(count), seed, world
+
+    @property
+    def max_boxes(self): # int
+        "No scene has more boxes than this."
+        most = {"person": self.world.max_people, "dog": self.world.max_dogs, "ball": self.world.max_balls}
+        return sum(most[name] for name in self.world.class_names)
 
     def __len__(self): return len(self.indices)
 
