@@ -24,9 +24,10 @@ test-slow: setup
 prepare: setup
 	$(BIN)/nbdev-export && $(BIN)/nbdev-test --save --n-workers 2 && $(BIN)/nbdev-clean
 	$(BIN)/jupyter nbconvert --to markdown nbs/index.ipynb --output-dir . --output README --log-level WARN
+	sed -i.bak -E 's#\]\((images/|[0-9])#](nbs/\1#g' README.md && rm README.md.bak
 
 docs: setup
-	$(BIN)/mkdocs build --strict
+	$(BIN)/mkdocs build
 
 bench: setup
 	$(BIN)/python bench/run.py

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['EPILOG', 'parser', 'draw_data', 'read_data', 'estimate', 'learn', 'main']
 
-# %% ../nbs/19_train.ipynb #21decf6a
+# %% ../nbs/19_train.ipynb #bba2478e
 import argparse
 import sys
 import time
@@ -18,7 +18,7 @@ from .formats import Examples, read_coco
 from .evaluate import evaluate
 from .runs import Run
 from .scenes import Scenes, World
-from .training import Report, be_deterministic, build, make_optimizer
+from .training import Report, be_deterministic, build, compile_for_training
 from .weights import load_weights
 
 # %% ../nbs/19_train.ipynb #bffa5299
@@ -93,7 +93,7 @@ def estimate(
     numbers = sum(int(np.prod(layer.output.shape[1:])) for layer in model.fpn.layers) * batch_size
     return f"about {minutes:.0f} minutes" * (minutes < 120) + f"about {minutes / 60:.0f} hours" * (minutes >= 120) + f" and {8 * numbers / 2 ** 30:.1f} GB for activations"
 
-# %% ../nbs/19_train.ipynb #38899bf8
+# %% ../nbs/19_train.ipynb #0553414e
 def learn(
     run, # `Run`, its folder
     network, recipe, # what, and how
@@ -107,7 +107,7 @@ def learn(
     steps = len(batches) * recipe.epochs
     model = build(network, recipe, arguments.seed, arguments.precision)
     if arguments.weights: load_weights(model, arguments.weights)
-    model.compile(optimizer=make_optimizer(recipe, steps))
+    compile_for_training(model, steps)
     run.say(f"{model.count_params():,} parameters, {len(train):,} pictures, {steps:,} steps of {recipe.batch_size}: {estimate(model, steps, recipe.batch_size)}")
     report = Report(run, validation, recipe, steps, arguments.evaluate_every)
     model.fit(batches, epochs=recipe.epochs, shuffle=False, verbose=int(sys.stdout.isatty()), callbacks=[report])

@@ -36,13 +36,16 @@ def has_gpu(): # bool
         return bool(tf.config.list_physical_devices("GPU"))
     return any(kind in device for device in keras.distribution.list_devices() for kind in ("gpu", "cuda"))
 
-# %% ../nbs/17_training.ipynb #4edc2885
+# %% ../nbs/17_training.ipynb #0cc2d9e9
 def compile_for_training(
     model, # `FCOS`
     total_steps, # micro-batches in the whole run
 ):
-    "Give a model the optimizer of its recipe; XLA where it pays, which with TensorFlow is on a GPU."
-    model.compile(optimizer=make_optimizer(model.recipe, total_steps), jit_compile=keras.backend.backend() != "tensorflow" or has_gpu())
+    "Give a model the optimizer of its recipe: with loss scaling where it computes in float16, with XLA where that pays (with TensorFlow, on a GPU)."
+    optimizer = make_optimizer(model.recipe, total_steps)
+    if any(layer.compute_dtype == "float16" for layer in model.fpn.layers): optimizer = keras.optimizers.LossScaleOptimizer(optimizer)
+    model.compile(optimizer=optimizer, jit_compile=keras.backend.backend() != "tensorflow" or has_gpu())
+    optimizer.build(model.trainable_variables)   # else Keras traces the first step twice
 
 # %% ../nbs/17_training.ipynb #03c62d62
 @contextlib.contextmanager
