@@ -24,7 +24,7 @@ test-slow: setup
 prepare: setup
 	$(BIN)/nbdev-export && $(BIN)/nbdev-test --save --n-workers 2 && $(BIN)/nbdev-clean
 	$(BIN)/jupyter nbconvert --to markdown nbs/index.ipynb --output-dir . --output README --log-level WARN
-	sed -i.bak -E 's#\]\((images/|[0-9])#](nbs/\1#g' README.md && rm README.md.bak
+	sed -i.bak -E -e '0,/^```$$/s//```python/' -e 's#\]\((images/|[0-9])#](nbs/\1#g' README.md && rm README.md.bak
 
 docs: setup
 	$(BIN)/mkdocs build

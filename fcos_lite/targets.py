@@ -121,7 +121,7 @@ def sides_within(
     columns = ops.maximum(point - left, right - point) <= limit
     return rows[:, :, None] & columns[:, None]
 
-# %% ../nbs/11_targets.ipynb #9f13a2d6
+# %% ../nbs/11_targets.ipynb #7edf65ca
 def claims(
     boxes, # (B, M, 4) xyxy, pixels, as `smallest_last` leaves them
     labels, # (B, M) class indices; -1: padding, -2: crowd region
@@ -135,6 +135,7 @@ def claims(
     "Which box claims which cell, before any conflict is settled."
     check(level_rule in ("area", "relative_area", "max_distance"), f"level_rule {level_rule!r}: choose area, relative_area or max_distance")
     check(not (rescue_lost and level_rule == "max_distance"), "rescue_lost: with level_rule max_distance a box belongs to no one level; choose area or relative_area")
+    check(len(level_areas) == len(strides) - 1, f"level_areas {level_areas}: {len(strides)} strides need {len(strides) - 1} areas, the largest of each level but the last")
     if level_rule == "relative_area": level_areas = [limit * (image_size / 512)**2 for limit in level_areas]
     reach = [0.0, *(math.sqrt(limit) for limit in level_areas), math.inf]
     person, region, levels = labels >= 0, labels == -2, box_levels(area(boxes), level_areas)
