@@ -17,10 +17,10 @@ from .model import FCOS
 from .scenes import Scenes, World
 from .visualize import draw_boxes, grid
 
-# %% ../nbs/20_demo.ipynb #b0f4c29e
-WORLD = World(size=128, min_height=36, max_height=110, max_people=2, max_dogs=1, max_balls=1, max_things=3, min_visible=0.7)
-FLAGS = ("--image-size 128 --min-height 36 --max-height 110 --max-people 2 --max-dogs 1 --max-balls 1 --max-things 3 --min-visible 0.7 "
-         "--scenes 2000 --epochs 5 --batch-size 8 --peak-rate 1.5e-3 --scale-start 1 --ltrb-bias 0").split()
+# %% ../nbs/20_demo.ipynb #a8134e4f
+WORLD = World(size=128, min_height=44, max_height=110, max_people=2, max_dogs=1, max_balls=1, max_things=3, min_visible=0.7)
+FLAGS = ("--image-size 128 --min-height 44 --max-height 110 --max-people 2 --max-dogs 1 --max-balls 1 --max-things 3 --min-visible 0.7 "
+         "--scenes 2000 --epochs 5 --batch-size 8 --peak-rate 2e-3 --level-rule area --scale-start 1 --ltrb-bias 0 --evaluate-every 5").split()
 
 # %% ../nbs/20_demo.ipynb #3f7cb18a
 def write_unseen(
