@@ -5,13 +5,14 @@
 # %% auto #0
 __all__ = ['WORLD', 'FLAGS', 'write_unseen', 'contact_sheet', 'main']
 
-# %% ../nbs/20_demo.ipynb #56d757a4
+# %% ../nbs/20_demo.ipynb #13e903d8
 import argparse
+import dataclasses
 from pathlib import Path
 import cv2
 import matplotlib.cbook
 from . import train
-from .config import run_command
+from .config import SOURCE_CAMERA, run_command
 from .detect import detect_files, write_found
 from .model import FCOS
 from .scenes import Scenes, World
@@ -47,7 +48,7 @@ def contact_sheet(
         tiles.append(draw_boxes(large, detections.xyxy * enlarge, detections.label, [f"{score:.2f}" for score in detections.score]))
     return grid(tiles, columns=5)
 
-# %% ../nbs/20_demo.ipynb #ceea8e1a
+# %% ../nbs/20_demo.ipynb #c126cf90
 def main(argv=None):
     "The command `python -m fcos_lite.demo`."
     parser = argparse.ArgumentParser("python -m fcos_lite.demo", description="Learn from drawn scenes, measure, and look at ten others and a photograph.")
@@ -56,7 +57,8 @@ def main(argv=None):
     print(f"1/3 learning; progress is kept in {out}/log.txt", flush=True)
     result = train.main([*FLAGS, "--out", str(out), "--force"])
     print("2/3 looking at pictures that it has never met", flush=True)
-    found = detect_files(FCOS.from_preset(out), write_unseen(out / "unseen"))
+    thresholds = dataclasses.replace(SOURCE_CAMERA, score=result["threshold"])   # where F1 was highest
+    found = detect_files(FCOS.from_preset(out), write_unseen(out / "unseen"), thresholds)
     write_found(found, out / "detected")
     cv2.imwrite(str(out / "detected.png"), contact_sheet(found)[..., ::-1])
     print(f"3/3 AP50 {result['AP50']:.2f} on {result['images']} unseen scenes. Numbers: {out}/evaluation.json, {out}/metrics.csv. "
