@@ -19,7 +19,7 @@ from .nms import Detections, decode, nms
 from .targets import assign
 from .weights import find_weights, load_weights, preset_of, save_weights
 
-# %% ../nbs/14_model.ipynb #04ca9219
+# %% ../nbs/14_model.ipynb #d13529b3
 class FCOS(keras.Model):
     "A detector: pyramid and heads, and what they need to learn and to find."
     def __init__(self,
@@ -32,7 +32,8 @@ class FCOS(keras.Model):
         self.network, self.recipe = network, recipe
         self.fpn = fpn_model(network)
         self.heads = Heads(network, name="heads", dtype="float32")
-        self.augment = Augment(recipe.flip, recipe.brightness, recipe.noise, recipe.augment_probability, seed=seed)
+        r = recipe
+        self.augment = Augment(r.flip, r.brightness, r.noise, r.augment_probability, r.zoom, r.mosaic, r.color, r.min_kept, seed=seed)
         self.parts = {name: keras.metrics.Mean(name=name) for name in ("cls", "reg", "ctr")}
         object.__setattr__(self, "graphs", {})   # kept from Keras: what is made around this model is no part of it
         self.build()
@@ -51,16 +52,17 @@ class FCOS(keras.Model):
     def call(self,
         inputs, # (B, S, S, 3) uint8 or floats in [0, 255]; or a batch: {"image", "boxes", "labels"}
         training=False,
-    ): # cls (B, N, classes), ltrb (B, N, 4), centerness (B, N); with a batch also its boxes (B, M, 4)
+    ): # cls (B, N, classes), ltrb (B, N, 4), centerness (B, N); with a batch also its boxes and labels, as they were seen
         batch = inputs if isinstance(inputs, dict) else {"image": inputs}
-        image, boxes = ops.cast(batch["image"], "float32") / 255, batch.get("boxes")
-        if training and boxes is not None: image, boxes = self.augment(image, boxes)
-        outputs = self.heads(self.fpn(image))
-        return outputs if boxes is None else {**outputs, "boxes": boxes}
+        image, truth = ops.cast(batch["image"], "float32") / 255, {name: batch[name] for name in ("boxes", "labels") if name in batch}
+        if training and len(truth) == 2:
+            image, *changed = self.augment(image, truth["boxes"], truth["labels"])
+            truth = dict(zip(truth, changed))
+        return {**self.heads(self.fpn(image)), **truth}
 
     def compute_loss(self, x=None, y=None, y_pred=None, sample_weight=None, training=True):
         "The total, for `fit`; the three parts go to the trackers that `fit` shows."
-        losses = self.losses_of(y_pred, y_pred["boxes"], x["labels"])
+        losses = self.losses_of(y_pred, y_pred["boxes"], y_pred["labels"])
         for name, tracker in self.parts.items(): tracker.update_state(losses[name])
         return losses["loss"]
 

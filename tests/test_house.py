@@ -13,11 +13,11 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "fcos_lite"
 FLOORS = [
     {"config"},
-    {"boxes", "schedule", "backbone", "visualize"},
+    {"boxes", "schedule", "optimizer", "backbone", "visualize"},
     {"images", "fpn", "heads", "targets", "losses", "augment", "figures"},
     {"checks", "nms", "backdrops", "weights"},
     {"scenes", "formats", "batches", "model"},
-    {"metrics", "runs", "detect"},
+    {"metrics", "runs", "detect", "packs"},
     {"evaluate"},
     {"training"},
     {"train"},
