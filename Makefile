@@ -3,7 +3,13 @@ PYTHON ?= python3.11
 BIN := .venv/bin
 export TF_CPP_MIN_LOG_LEVEL ?= 3
 
-.PHONY: setup demo test test-slow prepare docs bench clean
+# COCO is a folder in COCO's layout: train2017/, val2017/, annotations/. A GPU needs JAX for it: pip install "jax[cuda12]"
+COCO ?= coco
+MINUTES ?= 14
+PERSON := $(BIN)/python -u -m fcos_lite.train --coco $(COCO) --recipe long --image-size 384 --scale-start 1 --ltrb-bias 0 --in-memory
+ON_GPU := KERAS_BACKEND=jax $(PERSON) --precision mixed_bfloat16 --workers 8 --evaluate-every 0
+
+.PHONY: setup demo test test-slow prepare docs bench person person-gpu person-rehearsal clean
 
 setup: .venv/installed
 
@@ -24,13 +30,25 @@ test-slow: setup
 prepare: setup
 	$(BIN)/nbdev-export && $(BIN)/nbdev-test --save --n-workers 2 && $(BIN)/nbdev-clean
 	$(BIN)/jupyter nbconvert --to markdown nbs/index.ipynb --output-dir . --output README --log-level WARN
-	sed -i.bak -E -e '0,/^```$$/s//```python/' -e 's#\]\((images/|[0-9])#](nbs/\1#g' README.md && rm README.md.bak
+	sed -i.bak -E -e '1,/^```$$/s/^```$$/```python/' -e '/^```$$/N' -e '/^```\n#\| echo: false/,/^```/d' -e 's#\]\((images/|[0-9])#](nbs/\1#g' README.md && rm README.md.bak
 
 docs: setup
 	$(BIN)/mkdocs build
 
 bench: setup
 	$(BIN)/python bench/run.py
+
+person: setup
+	$(PERSON) --evaluate-every 10 --out runs/person
+
+person-gpu: setup
+	$(ON_GPU) --minutes $(MINUTES) --out runs/person-gpu
+	$(BIN)/python -m fcos_lite.evaluate --weights runs/person-gpu --coco $(COCO) --out runs/person-gpu-evaluation
+
+person-rehearsal: setup
+	$(PERSON) --limit 64 --batch-size 8 --epochs 1 --out runs/rehearsal-cpu --force
+	$(ON_GPU) --limit 64 --batch-size 8 --image-size 64 --minutes 2 --out runs/rehearsal-gpu --force
+	$(BIN)/python -m fcos_lite.evaluate --weights runs/rehearsal-gpu --coco $(COCO) --limit 64 --out runs/rehearsal-gpu-evaluation --force
 
 clean:
 	rm -rf .venv .venv-tfa _docs build dist *.egg-info

@@ -97,4 +97,6 @@ def test_a_plain_install_into_an_empty_environment(tmp_path):
     assert subprocess.run([python, "-c", "import nbdev"], capture_output=True).returncode != 0
     check = "from fcos_lite import FCOS; from fcos_lite.config import SOURCE; assert FCOS(SOURCE).count_params() == 3255082"
     subprocess.run([python, "-c", check], check=True, cwd=tmp_path)
+    shipped = "from fcos_lite import FCOS; import numpy as np; print(FCOS.from_preset('person').detect(np.zeros((40, 60, 3), 'uint8')))"
+    subprocess.run([python, "-c", shipped], check=True, cwd=tmp_path)
     subprocess.run([tmp_path / "venv" / "bin" / "fcos-lite", "train", "--help"], check=True, capture_output=True, cwd=tmp_path)

@@ -1,0 +1,43 @@
+"""The shipped detector: sealed, small, loadable, and one that learned something."""
+import json
+from pathlib import Path
+import matplotlib.cbook
+import numpy as np
+import pytest
+from fcos_lite import FCOS
+from fcos_lite.boxes import iou
+from fcos_lite.config import InputError
+from fcos_lite.weights import check_seal, find_weights, preset_of, shipped
+
+WEIGHTS = Path(__file__).resolve().parents[1] / "weights"
+
+@pytest.fixture(scope="module")
+def person(): return FCOS.from_preset("person")
+
+def test_it_is_found_sealed_and_small():
+    path = shipped()["person"]
+    assert path == WEIGHTS / "person.weights.h5" == find_weights("person")
+    assert path.stat().st_size < 15e6 and path.with_name("person.weights.h5.sha256").is_file()
+    check_seal(path)
+
+def test_the_card_says_what_the_page_says():
+    measured, card = json.loads((WEIGHTS / "person.json").read_text())["measured"], (WEIGHTS / "README.md").read_text()
+    for name in ("AP", "AP50", "AP75"): assert f"**{measured[name]:.3f}**" in card, name
+    network, recipe = preset_of(WEIGHTS / "person.weights.h5")
+    assert network.image_size == 384 and (recipe.zoom, recipe.mosaic) == ((0.5, 1.5), 0.2)
+
+def test_one_changed_byte_is_refused(tmp_path):
+    for name in ("person.weights.h5", "person.weights.h5.sha256", "person.json"): (tmp_path / name).write_bytes((WEIGHTS / name).read_bytes())
+    data = bytearray((tmp_path / "person.weights.h5").read_bytes())
+    data[len(data) // 2] ^= 1
+    (tmp_path / "person.weights.h5").write_bytes(data)
+    with pytest.raises(InputError, match="damaged or exchanged"): FCOS.from_preset(tmp_path / "person.weights.h5")
+
+def test_it_finds_the_person_in_a_photograph_it_has_not_seen(person):
+    found = person.detect(matplotlib.cbook.get_sample_data("grace_hopper.jpg", asfileobj=False))
+    assert len(found) >= 1
+    assert float(iou(found.xyxy[0], np.float32([20, 30, 505, 604]))) > 0.8
+
+@pytest.mark.parametrize("grey", [0, 60, 128, 200, 255])
+def test_it_finds_nobody_in_an_empty_picture(person, grey):
+    assert len(person.detect(np.full((300, 400, 3), grey, np.uint8))) == 0
