@@ -66,13 +66,13 @@ def write_found(
         check(cv2.imwrite(str(out / f"{name}.jpg"), detections.draw()[..., ::-1]), f"{out / name}.jpg: could not be written; is the disk full?")
     (out / "detections.json").write_text(json.dumps(as_rows(found), indent=1) + "\n", encoding="utf-8")
 
-# %% ../nbs/21_detect.ipynb #3f06979c
+# %% ../nbs/21_detect.ipynb #5d09864b
 def parser(): # argparse.ArgumentParser
     "What `python -m fcos_lite.detect` understands."
     p = argparse.ArgumentParser("python -m fcos_lite.detect", description="Find people in pictures.",
-                                epilog="example: python -m fcos_lite.detect photo.jpg holidays/ --weights runs/demo")
+                                epilog="examples: python -m fcos_lite.detect photo.jpg holidays/\n          python -m fcos_lite.detect photo.jpg --weights runs/demo", formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("pictures", nargs="+", help="picture files, or folders of them")
-    p.add_argument("--weights", required=True, metavar="PATH", help="the folder of a run, or a .weights.h5 file with its config.json beside it")
+    p.add_argument("--weights", default="person", metavar="NAME|PATH", help="a detector that comes with the library, the folder of a run, or a .weights.h5 file with its config.json beside it (default: %(default)s)")
     p.add_argument("--out", default="detected", metavar="DIR", help="where drawn pictures and detections.json go (default: %(default)s)")
     p.add_argument("--force", action="store_true", help="write into --out though it exists")
     add_flags(p.add_argument_group("what counts as found (default: IoU 0.3, score 0.2)"), Thresholds)
