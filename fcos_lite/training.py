@@ -89,7 +89,7 @@ def be_deterministic(
         import tensorflow as tf
         tf.config.experimental.enable_op_determinism()
 
-# %% ../nbs/17_training.ipynb #84ad364e
+# %% ../nbs/17_training.ipynb #54c399ad
 class Clock(keras.callbacks.Callback):
     "The recipe's schedule over so many minutes, in place of so many steps; then training stops."
     def __init__(self,
@@ -99,22 +99,26 @@ class Clock(keras.callbacks.Callback):
     ):
         super().__init__()
         check(minutes > 0, f"minutes {minutes}: give a time above 0")
-        self.minutes, self.now, self.started, self.schedule = minutes, now, None, schedule_of(recipe, 10_000)
+        self.minutes, self.now, self.schedule = minutes, now, schedule_of(recipe, 10_000)
+        self.spent, self.first = 0.0, None   # minutes until the last epoch ended, and until the first did
+
+    counters = "spent", "first"   # what a resumed run goes on with
 
     @property
-    def left(self): return self.minutes - (self.now() - self.begun) / 60   # minutes
+    def left(self): return self.minutes - self.spent - (self.now() - self.begun) / 60
 
     @property
-    def share(self): return 0.0 if self.started is None else 1 - self.left / (self.minutes - (self.started - self.begun) / 60)
+    def share(self): return 0.0 if self.first is None else 1 - self.left / (self.minutes - self.first)
 
     def on_train_begin(self, logs=None): self.begun = self.now()
 
     def on_epoch_begin(self, epoch, logs=None):
-        if epoch == 1 and self.left > 0: self.started = self.now()
         rate = keras.ops.convert_to_numpy(self.schedule(10_000 * self.share))
         getattr(self.model.optimizer, "inner_optimizer", self.model.optimizer).learning_rate = float(rate)
 
     def on_epoch_end(self, epoch, logs=None):
+        self.spent, self.begun = self.minutes - self.left, self.now()
+        if self.first is None: self.first = min(self.spent, 0.99 * self.minutes)
         if self.left <= 0: self.model.stop_training = True
 
 # %% ../nbs/17_training.ipynb #d0e2f778
@@ -127,7 +131,7 @@ def validate(
     metrics = coco_evaluation(examples, found, model.network.class_names)[0]
     return {f"val_{name}": value for name, value in losses.items()} | metrics | {"source_map75": source_map75(examples, found_source)}
 
-# %% ../nbs/17_training.ipynb #538e2a0c
+# %% ../nbs/17_training.ipynb #0bd4b424
 class Report(keras.callbacks.Callback):
     "After every epoch: validate, write a row, keep the best and the last weights, print a line, stop when nothing improves."
     def __init__(self,
@@ -142,7 +146,9 @@ class Report(keras.callbacks.Callback):
         self.run, self.validation, self.recipe, self.total_steps, self.evaluate_every, self.clock = run, validation, recipe, total_steps, evaluate_every, clock
         self.best, self.waited, self.step = -math.inf, 0, 0
 
-    def on_train_begin(self, logs=None): self.started = time.time()
+    counters = "best", "waited", "step"   # what a resumed run goes on with
+
+    def on_train_begin(self, logs=None): self.started, self.first_step = time.time(), self.step
     def on_epoch_begin(self, epoch, logs=None): self.epoch_started, self.epoch_step = time.time(), self.step
     def on_train_batch_end(self, batch, logs=None): self.step += 1
 
@@ -161,7 +167,7 @@ class Report(keras.callbacks.Callback):
     def is_last(self): return self.clock.left <= 0 if self.clock else self.step >= self.total_steps
 
     def minutes_left(self):
-        return self.clock.left if self.clock else (time.time() - self.started) / self.step * (self.total_steps - self.step) / 60
+        return self.clock.left if self.clock else (time.time() - self.started) / max(1, self.step - self.first_step) * (self.total_steps - self.step) / 60
 
     def speed(self):
         seconds = time.time() - self.epoch_started
