@@ -10,11 +10,12 @@ import importlib
 import sys
 from .config import run_command
 
-# %% ../nbs/22_cli.ipynb #357c70a1
+# %% ../nbs/22_cli.ipynb #6612ac1a
 COMMANDS = {"demo": "learn, measure and look, in ten minutes and without data",
             "train": "train a detector, on drawn scenes or on your photographs",
             "evaluate": "measure one",
-            "detect": "find people in pictures and folders"}
+            "detect": "find people in pictures and folders",
+            "packs": "cut photographs into pieces that can be carried"}
 
 # %% ../nbs/22_cli.ipynb #5369a050
 def usage(): # str
