@@ -10,11 +10,12 @@ import importlib
 import sys
 from .config import run_command
 
-# %% ../nbs/22_cli.ipynb #6612ac1a
+# %% ../nbs/22_cli.ipynb #d287c793
 COMMANDS = {"demo": "learn, measure and look, in ten minutes and without data",
             "train": "train a detector, on drawn scenes or on your photographs",
             "evaluate": "measure one",
             "detect": "find people in pictures and folders",
+            "tracking": "plot a run, or compare several",
             "packs": "cut photographs into pieces that can be carried"}
 
 # %% ../nbs/22_cli.ipynb #5369a050

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['EPILOG', 'UNTIL_STOPPED', 'parser', 'draw_data', 'read_data', 'estimate', 'learn', 'reopen', 'main']
 
-# %% ../nbs/19_train.ipynb #287765ae
+# %% ../nbs/19_train.ipynb #08179d9d
 import argparse
 import json
 import math
@@ -22,6 +22,7 @@ from .formats import Examples
 from .packs import read_several
 from .runs import Run
 from .scenes import Scenes, World
+from .tracking import Tracking
 from .training import Clock, Report, be_deterministic, build, compile_for_training, has_gpu
 from .weights import load_weights
 
@@ -35,7 +36,7 @@ DIR is laid out as COCO is: train2017/, val2017/ and annotations/instances_{trai
 python -m fcos_lite.packs cuts a large one into, and --coco packs/* takes them all.
 A run's folder holds config.json, metrics.csv, log.txt, best and last weights, evaluation.json and pictures with boxes."""
 
-# %% ../nbs/19_train.ipynb #d7d03f13
+# %% ../nbs/19_train.ipynb #1dee7417
 def parser(): # argparse.ArgumentParser
     "What `python -m fcos_lite.train` understands: its own flags, and one for every field of the network, the recipe and the drawn world."
     p = argparse.ArgumentParser("python -m fcos_lite.train", description="Train an FCOS detector.", epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -53,6 +54,7 @@ def parser(): # argparse.ArgumentParser
     p.add_argument("--limit", type=int, metavar="N", help="only the first N pictures of each part")
     p.add_argument("--seed", type=int, default=0, metavar="N", help="the same seed repeats a run bit for bit on a CPU (default: %(default)s)")
     p.add_argument("--precision", choices=("float32", "mixed_float16", "mixed_bfloat16"), help="of the convolutions (default: mixed_float16 on a GPU, else float32)")
+    p.add_argument("--mlflow", nargs="?", const="", metavar="URI", help="show the run in MLflow: in mlflow.db beside the run's folder, or at URI (sqlite:///FILE.db, http://HOST:PORT)")
     p.add_argument("--evaluate-every", type=int, default=1, metavar="N", help="epochs between evaluations; 0: none, not even at the end (default: %(default)s)")
     p.add_argument("--minutes", type=float, metavar="N", help="train for so long, the learning rate by the clock, in place of --epochs")
     add_flags(p.add_argument_group("the network, instead of its preset's"), Network)
@@ -105,7 +107,7 @@ def estimate(
     minutes = 3 * (time.time() - started) * steps / 60
     return (f"about {minutes:.0f} minutes" if minutes < 120 else f"about {minutes / 60:.0f} hours") + f" and {memory}"
 
-# %% ../nbs/19_train.ipynb #3c3d4a7e
+# %% ../nbs/19_train.ipynb #60010673
 UNTIL_STOPPED = 1_000_000   # epochs
 
 def learn(
@@ -113,6 +115,7 @@ def learn(
     network, recipe, # what, and how
     train, validation, # sequences of `Example`
     arguments, # what argparse parsed
+    tracking, # `Tracking`
 ): # `FCOS` with its last weights
     "Everything between the data and the evaluation."
     be_deterministic(arguments.seed)
@@ -130,7 +133,7 @@ def learn(
     report = Report(run, validation, recipe, steps, arguments.evaluate_every, clock)
     whose = identity(network, recipe, train, seed=arguments.seed, precision=str(arguments.precision), backend=keras.backend.backend())
     checkpoint = Checkpoint(run.path, model, batches, whose, arguments.checkpoint_seconds, epoch_seconds=min(10, arguments.checkpoint_seconds), say=run.say)
-    checkpoint.fit(epochs, [clock, report] if clock else [report], verbose=int(sys.stdout.isatty()))
+    checkpoint.fit(epochs, [*([clock] if clock else []), report, tracking], verbose=int(sys.stdout.isatty()))
     if batches.lost: run.say(str(batches.report))
     return model
 
@@ -145,7 +148,7 @@ def reopen(
     check(isinstance(command, dict), f"{run.path / 'config.json'}: the field 'command' is missing; only runs of python -m fcos_lite.train can be resumed")
     return run, network, recipe, argparse.Namespace(**{**vars(parser().parse_args([])), **command})
 
-# %% ../nbs/19_train.ipynb #2d1f519f
+# %% ../nbs/19_train.ipynb #0451df6d
 def main(argv=None): # the evaluation, as `evaluation.json` holds it; None without one
     "The command `python -m fcos_lite.train`."
     arguments = parser().parse_args(argv)
@@ -158,13 +161,15 @@ def main(argv=None): # the evaluation, as `evaluation.json` holds it; None witho
         run.write_config(network, recipe, vars(arguments))
     for part in (train, validation):
         if getattr(part, "report", None): run.say(str(part.report))
-    try: model = learn(run, network, recipe, train, validation, arguments)
+    try:
+        with Tracking(run, arguments.mlflow) as tracking:
+            model = learn(run, network, recipe, train, validation, arguments, tracking)
+            load_weights(model, run.path / "best.weights.h5")
+            result = evaluate(model, validation, run.path) if arguments.evaluate_every else None
     except Stopped: sys.exit(Stopped.code)
-    if not arguments.evaluate_every:
+    if result is None:
         run.say(f"not evaluated; python -m fcos_lite.evaluate --weights {run.path} does it")
         return None
-    load_weights(model, run.path / "best.weights.h5")
-    result = evaluate(model, validation, run.path)
     run.say(", ".join(f"{name} {result[name]:.3f}" for name in ("AP", "AP50", "AP75", "source_map75")) + f" on {result['images']} pictures; all of it in {run.path}")
     return result
 

@@ -18,7 +18,7 @@ FLOORS = [
     {"checks", "nms", "backdrops", "weights"},
     {"scenes", "formats", "batches", "model"},
     {"metrics", "runs", "detect", "packs"},
-    {"evaluate", "checkpoints"},
+    {"evaluate", "checkpoints", "tracking"},
     {"training"},
     {"train"},
     {"demo"},
