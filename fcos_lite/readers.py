@@ -113,7 +113,7 @@ def yolo_document(directory, part, limit): # a COCO document, the folder its fil
     if outlines["found"]: report.notes.append(f"{counted(outlines['found'], 'outline')}; the box around each was taken")
     return {**document, "categories": [{"id": key, "name": name} for key, name in names.items()]}, directory, report
 
-# %% ../nbs/05c_readers.ipynb #f37a8070
+# %% ../nbs/05c_readers.ipynb #d35b73af
 def voc_stems(directory, part): # [str]
     "The names of a part's pictures, without their endings; raises `InputError` where it has no list, or one that names a picture twice."
     lists = directory / "ImageSets" / "Main"
@@ -132,7 +132,7 @@ def voc_document(directory, part, limit): # a COCO document, the folder its file
     report, found = Reading(f"{pages}, {part}"), find_pictures(pictures)
     named = {file.relative_to(pictures).with_suffix("").as_posix(): file for file in found}
     check(len(named) == len(found), f"{pictures}: pictures differ only in their endings, such as 7.jpg and 7.png; give each a name of its own")
-    def path_in(folder, name, text): return picture_path(folder, {"file_name": name, "id": text}, pages)
+    def path_in(folder, name, stem): return picture_path(folder, {"file_name": name, "id": stem}, pages)
     def open_text(picture, text):
         page = parse_xml(read_text(text, directory), text)
         other = path_in(pictures, (page.findtext("filename") or "").strip() or picture.name, text.stem)
@@ -161,7 +161,7 @@ def coco_document(directory, part, limit): # a COCO document, the folder its fil
     for image in document["images"][:limit]: inside(picture_path(folder, image, path), directory)
     return document, folder, Reading(str(path))
 
-# %% ../nbs/05c_readers.ipynb #d5b15f0a
+# %% ../nbs/05c_readers.ipynb #fe3f4df9
 def raw_boxes(document): # (N, 4) xyxy in shares of their pictures, not cut to them
     "The boxes of a COCO document that are boxes."
     sizes, rows = {image["id"]: (image["width"], image["height"]) for image in document["images"]}, []
@@ -180,8 +180,7 @@ def read_document(document, folder, report, class_names, limit, max_bad_share): 
     class_names, labels = class_labels(document["categories"], dict.fromkeys(names.get(name, name) for name in class_names or ()), report.path)
     examples = read_all(document["images"][:limit], folder, by_picture(document, report), labels, report)
     check(examples, f"{report.path}: not one of its pictures could be read from {folder}; put them there\n{report}")
-    seen = {label for example in examples for label in example.labels.tolist()}
-    absent = [name for label, name in enumerate(class_names) if label not in seen]
+    absent = [name for label, name in enumerate(class_names) if not any(label in example.labels for example in examples)]
     if absent: report.notes.append(f"no box of {', '.join(absent[:8])}{' and others' if len(absent) > 8 else ''}")
     shifted = half_box(raw_boxes(document))
     if shifted:
