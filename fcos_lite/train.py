@@ -23,7 +23,8 @@ from .packs import read_several
 from .runs import Run
 from .scenes import Scenes, World
 from .tracking import Tracking
-from .training import Clock, Report, be_deterministic, build, compile_for_training, has_gpu
+from .reports import Clock, Report
+from .training import be_deterministic, build, compile_for_training, has_gpu
 from .weights import load_weights
 
 # %% ../nbs/19_train.ipynb #a342b727

@@ -20,6 +20,7 @@ FLOORS = [
     {"metrics", "runs", "detect", "packs", "readers", "splits"},
     {"evaluate", "checkpoints", "tracking"},
     {"training"},
+    {"reports", "guards"},
     {"train"},
     {"demo"},
     {"cli"},
