@@ -5,9 +5,10 @@
 # %% auto #0
 __all__ = ['PARTS', 'known_rows', 'Start', 'donor_of', 'start_from', 'layers_of', 'freeze']
 
-# %% ../nbs/17d_finetuning.ipynb #f3db26ed
+# %% ../nbs/17d_finetuning.ipynb #11193160
 from collections import Counter
 from dataclasses import replace
+from pathlib import Path
 from typing import NamedTuple
 import numpy as np
 from .config import check
@@ -25,10 +26,10 @@ def known_rows(
     for name in set(ours) & set(theirs): rows[..., ours.index(name)] = stored[..., theirs.index(name)]
     return rows
 
-# %% ../nbs/17d_finetuning.ipynb #e5929188
+# %% ../nbs/17d_finetuning.ipynb #a85717ac
 class Start(NamedTuple):
     "What a detector was given before it began to learn."
-    path: object      # of the file
+    path: Path        # of the file
     arrays: int       # taken as they are
     kept: tuple       # classes whose rows were taken
     anew: tuple       # classes whose rows have learned nothing
