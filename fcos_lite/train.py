@@ -109,6 +109,8 @@ def estimate(
     return (f"about {minutes:.0f} minutes" if minutes < 120 else f"about {minutes / 60:.0f} hours") + f" and {memory}"
 
 # %% ../nbs/19_train.ipynb #60010673
+from .finetuning import start_from
+
 UNTIL_STOPPED = 1_000_000   # epochs
 
 def learn(
@@ -127,7 +129,7 @@ def learn(
     clock = Clock(recipe, arguments.minutes) if arguments.minutes is not None else None
     epochs, steps = (UNTIL_STOPPED, math.inf) if clock else (recipe.epochs, len(batches) * recipe.epochs)
     model = build(network, recipe, arguments.seed, arguments.precision)
-    if arguments.weights and not newest(run.path): load_weights(model, arguments.weights)
+    if arguments.weights and not newest(run.path): run.say(str(start_from(model, arguments.weights)))
     compile_for_training(model, None if clock else steps)
     duration = f"{arguments.minutes:g} minutes in steps" if clock else f"{steps:,} steps"
     run.say(f"{model.count_params():,} parameters, {len(train):,} pictures, {duration} of {recipe.batch_size}: {estimate(model, steps, recipe.batch_size)}")
