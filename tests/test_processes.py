@@ -60,8 +60,8 @@ def assert_same_losses(run, other):
     ours, theirs = ([[float(row[name]) for name in ("loss", "cls", "reg", "ctr")] for row in rows(each)] for each in (run, other))
     assert len(ours) == len(theirs) == EPOCHS and rows(run)[-1]["step"] == str(STEPS)
     np.testing.assert_allclose(ours, theirs, rtol=1e-4)
-    losses = np.array(theirs)
-    assert losses[-1, 0] < 0.95 * losses[0, 0] and len(set(losses[:, 0])) == EPOCHS
+    losses = np.array(theirs)[:, 0]
+    assert np.ptp(losses) > 0.5 and len(set(losses)) > EPOCHS // 2        # so small that in some batches nobody is learned, but not in all
 
 @pytest.fixture(scope="module")
 def one(tmp_path_factory):
