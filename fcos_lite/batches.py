@@ -75,10 +75,14 @@ class Batches(keras.utils.PyDataset):
         drop_last=False,   # leave out a last batch that is not full
         pad_value=114,     # grey of the bars, 0..255
         max_bad_share=0.01, # of the pictures that may turn out unreadable
+        part=(0, 1),       # (i, n): of each batch only the i-th of n equal parts, counted from 0
         **kwargs,          # workers and max_queue_size, to keras.utils.PyDataset
     ):
         super().__init__(**kwargs)
         check(batch_size >= 1 and image_size >= 1, f"batch_size {batch_size}, image_size {image_size}: both must be at least 1")
+        check(0 <= part[0] < part[1] and batch_size % part[1] == 0, f"batch_size {batch_size}, part {part[0]} of {part[1]}: a batch must split into equal parts, counted from 0; make it a multiple of {part[1]}")
+        check(drop_last or part[1] == 1, f"part {part[0]} of {part[1]}: a short last batch cannot be split; give drop_last=True")
+        self.part = part
         self.examples, self.batch_size, self.image_size, self.pad_value = examples, batch_size, image_size, pad_value
         self.max_boxes = max_boxes or most_boxes(examples)
         self.shuffle_seed, self.drop_last, self.max_bad_share = shuffle_seed, drop_last, max_bad_share
@@ -89,8 +93,12 @@ class Batches(keras.utils.PyDataset):
 
     def order(self): return epoch_order(len(self.examples), self.shuffle_seed, self.epoch)
 
-    def __getitem__(self, index): # the batch, a dictionary
-        rows = self.order()[index * self.batch_size:(index + 1) * self.batch_size]
+    def __getitem__(self, index): return self.rows(index, *self.part)   # the batch, a dictionary, or our part of it
+    def whole(self, index): return self.rows(index, 0, 1)
+
+    def rows(self, index, i, n):
+        "Of batch `index` the i-th of n equal parts."
+        rows = np.split(self.order()[index * self.batch_size:(index + 1) * self.batch_size], n)[i]
         parts = [make_example(self.in_memory(self.examples[int(i)]), self.image_size, self.max_boxes, self.pad_value) for i in rows]
         return {name: np.stack([part[name] for part in parts]) for name in parts[0]}
 

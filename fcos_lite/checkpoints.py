@@ -175,7 +175,7 @@ class Checkpoint(keras.callbacks.Callback):
 
     def fit(self, epochs, callbacks=(), **arguments):
         "`model.fit` from where the folder's run stands to its end; raises `Stopped` where that was asked for."
-        self.counting = [callback for callback in callbacks if hasattr(callback, "counters")]
+        self.counting = [each for callback in callbacks for each in getattr(callback, "callbacks", [callback]) if hasattr(each, "counters")]   # also of callbacks within one
         if self.restore(): self.say(f"going on after step {self.step}: epoch {self.epoch + 1}, batch {self.batch + 1} of {len(self.batches)}")
         else: self.save()
         with self.wishes:

@@ -19,7 +19,7 @@ FLOORS = [
     {"scenes", "formats", "dialects", "batches", "model"},
     {"metrics", "runs", "detect", "packs", "readers", "splits", "finetuning"},
     {"evaluate", "checkpoints", "tracking"},
-    {"training"},
+    {"training", "processes"},
     {"reports", "guards"},
     {"train"},
     {"demo"},
