@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['resident', 'most_resident', 'Footprint', 'limit_gpu_memory']
 
-# %% ../nbs/17e_memory.ipynb #e2be956f
+# %% ../nbs/17e_memory.ipynb #7ae3598e
 import os
 import resource
 import sys
