@@ -7,6 +7,8 @@ import json
 import os
 import platform
 import statistics
+import subprocess
+import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -97,6 +99,19 @@ def group_norm(rounds, size=256, batch_size=8):
     row = side_by_side(passes(keras.layers.GroupNormalization(32)), passes(GroupNorm(32)), rounds)
     return {"keras_seconds": row["seconds"], "seconds": row["bare_seconds"], "keras_over_ours": row["ratio"]}
 
+def whole_loop(rounds, rehearse):
+    "The whole training loop against the bare pass on each backend, and against the document's loop: see training.py. Each backend in a process of its own."
+    results = {}
+    for backend in ("tensorflow", "jax"):
+        for size, batch_size in ((64, 2),) if rehearse else ((256, 4), (512, 4)):
+            command = [sys.executable, HERE / "training.py", "--image-size", size, "--batch-size", batch_size, "--rounds", 1 if rehearse else max(2, rounds // 7),
+                       *(["--document"] if backend == "tensorflow" else []), *(["--tiny"] if rehearse else [])]
+            done = subprocess.run([str(word) for word in command], env={**os.environ, "KERAS_BACKEND": backend}, capture_output=True, text=True)
+            if done.returncode: sys.exit(done.stderr)
+            results.setdefault(backend, {})[str(size)] = json.loads(done.stdout.splitlines()[-1])
+            print(backend, size, results[backend][str(size)], flush=True)
+    return results
+
 def machine():
     info = Path("/proc/cpuinfo")
     name = next((line.split(":")[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")), "") if info.exists() else platform.processor()
@@ -106,31 +121,57 @@ def machine():
 def table(results):
     "The results as Markdown."
     lines = ["| measured side by side in one run | ratio | mark |", "|---|---|---|"]
-    for size, row in results["training_step"].items(): lines.append(f"| training step / bare forward and backward, {size}² | {row['ratio']:.2f} × | ≤ 1.10 × |")
-    for size, row in results["detect"].items(): lines.append(f"| `detect` end to end / bare forward, {size}² | {row['ratio']:.2f} × | ≤ 1.10 × |")
-    for count, row in results["targets"].items():
+    for backend, rows in results.get("training", {}).items():
+        for size, row in rows.items(): lines.append(f"| the whole of `fit` (input, augmentation, metrics) / bare forward and backward, {NAMES[backend]}, {size}² | {row['ratio']:.2f} × | ≤ 1.10 × |")
+    for size, row in results.get("training", {}).get("tensorflow", {}).items():
+        lines.append(f"| the document's loop, eager / the whole of `fit`, {size}² | {row['document_over_ours']:.2f} × | |")
+        lines.append(f"| the same, of the pictures that it does not throw away, {size}² | {row['document_over_ours_used']:.2f} × | |")
+    for size, row in results.get("training_step", {}).items(): lines.append(f"| training step / bare forward and backward, {size}² | {row['ratio']:.2f} × | ≤ 1.10 × |")
+    for size, row in results.get("detect", {}).items(): lines.append(f"| `detect` end to end / bare forward, {size}² | {row['ratio']:.2f} × | ≤ 1.10 × |")
+    for count, row in results.get("targets", {}).items():
         lines.append(f"| target assignment, share of the step, batch 4, 512², {count} boxes a picture | {row['share_of_step']:.1%} | ≤ 3 % |")
         lines.append(f"| the document's loop over boxes, eager / ours, {count} boxes | {row['document_over_ours']:.1f} × | |")
-    lines.append(f"| Keras' GroupNormalization / ours, forward and backward | {results['group_norm']['keras_over_ours']:.2f} × | |")
+    if "group_norm" in results: lines.append(f"| Keras' GroupNormalization / ours, forward and backward | {results['group_norm']['keras_over_ours']:.2f} × | |")
     return "\n".join(lines)
+
+def steps_and_detection(results, rounds):
+    results |= {"training_step": {}, "detect": {}}
+    for size, batch_size in ((256, 8), (512, 4)):
+        results["training_step"][str(size)] = training_step(size, batch_size, rounds)
+        results["detect"][str(size)] = detection(size, 2 * rounds)
+        print(size, results["training_step"][str(size)], results["detect"][str(size)], flush=True)
+
+def targets(results, rounds):
+    step = results.get("training_step", {}).get("512") or training_step(512, 4, max(3, rounds // 3))
+    results["targets"] = {}
+    for count in (5, 20, 100):
+        results["targets"][str(count)] = targets_against_document(count, step["seconds"], max(3, rounds // 3))
+        print(count, results["targets"][str(count)], flush=True)
+
+NAMES = {"tensorflow": "TensorFlow", "jax": "JAX"}
+PARTS = ("step", "targets", "norm", "training")
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=15, help="times that each pair is measured (default: %(default)s)")
-    rounds = parser.parse_args().rounds
-    results = {"machine": machine(), "training_step": {}, "detect": {}, "targets": {}}
-    for size, batch_size in ((256, 8), (512, 4)):
-        results["training_step"][size] = training_step(size, batch_size, rounds)
-        results["detect"][size] = detection(size, 2 * rounds)
-        print(size, results["training_step"][size], results["detect"][size], flush=True)
-    for count in (5, 20, 100):
-        results["targets"][count] = targets_against_document(count, results["training_step"][512]["seconds"], max(3, rounds // 3))
-        print(count, results["targets"][count], flush=True)
-    results["group_norm"] = group_norm(rounds)
+    parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS, help="measure these, and keep what results.json has of the others (default: all)")
+    parser.add_argument("--rehearse", action="store_true", help="training on a tiny network, once, to see that it runs; nothing is written")
+    a = parser.parse_args()
+    if a.rehearse: return print(table({"training": whole_loop(1, True)}))
+    results = json.loads((HERE / "results.json").read_text(encoding="utf-8")) if set(a.only) < set(PARTS) and (HERE / "results.json").exists() else {}
+    results["machine"] = machine()
+    if "training" in a.only: results["training"] = whole_loop(a.rounds, False)
+    if "step" in a.only: steps_and_detection(results, a.rounds)
+    if "targets" in a.only: targets(results, a.rounds)
+    if "norm" in a.only: results["group_norm"] = group_norm(a.rounds)
     (HERE / "results.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     m = results["machine"]
-    (HERE / "README.md").write_text(f"# Benchmarks\n\n`make bench` measures these again. Machine: {m['processor']}, {m['cores']} cores, no GPU; TensorFlow {m['tensorflow']}, Keras {m['keras']}.\n\n"
-                                    f"{table(results)}\n", encoding="utf-8")
+    (HERE / "README.md").write_text(f"# Benchmarks\n\n`make bench` measures these again; `python bench/run.py --only training` a part of them. Machine: {m['processor']}, {m['cores']} cores, no GPU; TensorFlow {m['tensorflow']}, Keras {m['keras']}.\n\n"
+                                    f"{table(results)}\n\n{LEGEND}\n", encoding="utf-8")
     print(table(results))
+
+LEGEND = """Pairs are measured in turns; a ratio is that of medians. *The whole of `fit`* reads JPEG files, letterboxes, augments, assigns targets, steps and keeps its metrics, with the `scratch` recipe and batches of 4; *bare* is
+the network's forward and backward pass on one batch that is there already. *The document's loop* (document_loop.py) is eager, reads its PNG records, loops over the boxes of each picture, prints each step,
+clips each tensor and has two optimizers; its network is ours. It throws every ninth micro-batch away: per picture that it learns from, it is slower by nine eighths."""
 
 if __name__ == "__main__": main()
