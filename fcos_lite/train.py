@@ -7,6 +7,7 @@ __all__ = ['EPILOG', 'UNTIL_STOPPED', 'parser', 'draw_data', 'read_data', 'estim
 
 # %% ../nbs/19_train.ipynb #08179d9d
 import argparse
+import dataclasses
 import json
 import math
 import sys
@@ -14,17 +15,19 @@ import time
 from pathlib import Path
 import keras
 import numpy as np
-from .batches import Batches, InMemory
+from .batches import Batches, InMemory, most_boxes
 from .checkpoints import Checkpoint, Stopped, identity, newest
 from .config import NETWORKS, RECIPES, Network, Recipe, add_flags, check, run_command, with_flags
+from .curriculum import lessons_of, prepare, samples_of, source_stages, to_do
 from .evaluate import evaluate
 from .formats import Examples
+from .guards import Guard, explain_memory, memory, precision_of
 from .packs import read_several
-from .runs import Run
+from .runs import Run, alone
 from .scenes import Scenes, World
 from .tracking import Tracking
 from .reports import Clock, Report
-from .training import be_deterministic, build, compile_for_training, has_gpu
+from .training import be_deterministic, build, has_gpu
 from .weights import load_weights
 
 # %% ../nbs/19_train.ipynb #a342b727
@@ -97,16 +100,16 @@ def estimate(
     steps, # micro-batches in the whole run
     batch_size,
 ): # str
-    "How long, and how much memory for activations, from one forward pass."
-    numbers = sum(int(np.prod(layer.output.shape[1:])) for layer in model.fpn.layers) * batch_size
-    memory = f"{8 * numbers / 2 ** 30:.1f} GB for activations"
-    if has_gpu() or not math.isfinite(steps): return f"about {memory}"   # to compile a second graph for a guess takes longer than to wait for the first epoch
+    "How long, and how much memory, from one forward pass."
+    needed = f"{memory(model.network, model.count_params(), batch_size, precision_of(model), model.recipe.accumulate) / 1e9:.1f} GB"
+    if has_gpu() or not math.isfinite(steps): return f"about {needed}"   # to compile a second graph for a guess takes longer than to wait for the first epoch
+    model.jit_compile = keras.backend.backend() != "tensorflow"   # as it will be trained
     squares = np.zeros((batch_size, model.network.image_size, model.network.image_size, 3), "uint8")
     model.predict_on_batch(squares)
     started = time.time()
     model.predict_on_batch(squares)
     minutes = 3 * (time.time() - started) * steps / 60
-    return (f"about {minutes:.0f} minutes" if minutes < 120 else f"about {minutes / 60:.0f} hours") + f" and {memory}"
+    return (f"about {minutes:.0f} minutes" if minutes < 120 else f"about {minutes / 60:.0f} hours") + f" and {needed}"
 
 # %% ../nbs/19_train.ipynb #60010673
 UNTIL_STOPPED = 1_000_000   # epochs
@@ -120,22 +123,27 @@ def learn(
 ): # `FCOS` with its last weights
     "Everything between the data and the evaluation."
     be_deterministic(arguments.seed)
-    pictures = InMemory(train, network.image_size, network.pad_value) if arguments.in_memory else train
-    batches = Batches(pictures, recipe.batch_size, network.image_size, shuffle_seed=arguments.seed, drop_last=True, pad_value=network.pad_value,
-                      workers=arguments.workers, max_queue_size=4 * arguments.workers)
-    check(len(batches), f"{len(train)} picture(s) are fewer than one batch: give more, or --batch-size {max(1, len(train))}")
+    lessons = lessons_of(recipe, len(train))
     clock = Clock(recipe, arguments.minutes) if arguments.minutes is not None else None
-    epochs, steps = (UNTIL_STOPPED, math.inf) if clock else (recipe.epochs, len(batches) * recipe.epochs)
+    check(not clock or len(lessons) == 1, "--minutes: a clock knows one stage only; leave out --minutes, or the stages (--epochs N is one stage)")
     model = build(network, recipe, arguments.seed, arguments.precision)
     if arguments.weights and not newest(run.path): load_weights(model, arguments.weights)
-    compile_for_training(model, None if clock else steps)
-    duration = f"{arguments.minutes:g} minutes in steps" if clock else f"{steps:,} steps"
-    run.say(f"{model.count_params():,} parameters, {len(train):,} pictures, {duration} of {recipe.batch_size}: {estimate(model, steps, recipe.batch_size)}")
-    report = Report(run, validation, recipe, steps, arguments.evaluate_every, clock)
+    steps = [math.inf if clock else lesson.steps for lesson in lessons]
+    duration = f"{arguments.minutes:g} minutes in steps" if clock else f"{sum(steps):,} steps"
+    run.say(f"{model.count_params():,} parameters, {len(train):,} pictures, {duration} of {recipe.batch_size}: {estimate(model, sum(steps), recipe.batch_size)}")
+    pictures = InMemory(train, network.image_size, network.pad_value) if arguments.in_memory else train
+    report = Report(run, validation, recipe, steps, arguments.evaluate_every, clock, samples_of(lessons, train))
     whose = identity(network, recipe, train, seed=arguments.seed, precision=str(arguments.precision), backend=keras.backend.backend())
-    checkpoint = Checkpoint(run.path, model, batches, whose, arguments.checkpoint_seconds, epoch_seconds=min(10, arguments.checkpoint_seconds), say=run.say)
-    checkpoint.fit(epochs, [*([clock] if clock else []), report, tracking], verbose=int(sys.stdout.isatty()))
-    if batches.lost: run.say(str(batches.report))
+    for lesson in to_do(lessons, run.path):
+        if len(lessons) > 1: run.say(str(lesson))
+        batches = Batches(pictures[lesson.pictures] if len(lessons) > 1 else pictures, recipe.batch_size, network.image_size, most_boxes(pictures), arguments.seed, drop_last=True, pad_value=network.pad_value,
+                          workers=arguments.workers, max_queue_size=4 * arguments.workers)
+        prepare(model, lesson, by_clock=clock is not None)
+        report.now = lesson.index
+        checkpoint = Checkpoint(run.path, model, batches, whose, arguments.checkpoint_seconds, epoch_seconds=min(10, arguments.checkpoint_seconds), say=run.say, stage=lesson.index)
+        callbacks = [Guard(run.path, batches, say=run.say), *([clock] if clock else []), report, tracking]
+        with explain_memory(model): checkpoint.fit(UNTIL_STOPPED if clock else lesson.recipe.epochs, callbacks, verbose=int(sys.stdout.isatty()))
+        if batches.lost: run.say(str(batches.report))
     return model
 
 # %% ../nbs/19_train.ipynb #c86e726c
@@ -158,12 +166,15 @@ def main(argv=None): # the evaluation, as `evaluation.json` holds it; None witho
     if arguments.coco: train, validation = read_data(arguments.coco, network.class_names, arguments.limit, recipe.validation_share)
     else: train, validation = draw_data(arguments, network)
     if run is None:
+        if arguments.recipe == "source" and not recipe.stages and arguments.minutes is None and not hasattr(arguments, "epochs"):
+            recipe = dataclasses.replace(recipe, stages=source_stages(len(train)))
+        lessons_of(recipe, len(train))   # what these pictures cannot fill is refused before there is a folder
         run = Run.create(arguments.out or time.strftime("runs/%Y-%m-%d-%H%M%S"), arguments.force)
         run.write_config(network, recipe, vars(arguments))
-    for part in (train, validation):
-        if getattr(part, "report", None): run.say(str(part.report))
     try:
-        with Tracking(run, arguments.mlflow) as tracking:
+        with alone(run.path), Tracking(run, arguments.mlflow) as tracking:
+            for part in (train, validation):
+                if getattr(part, "report", None): run.say(str(part.report))
             model = learn(run, network, recipe, train, validation, arguments, tracking)
             load_weights(model, run.path / "best.weights.h5")
             result = evaluate(model, validation, run.path) if arguments.evaluate_every else None

@@ -20,7 +20,7 @@ FLOORS = [
     {"metrics", "runs", "detect", "packs", "readers", "splits"},
     {"evaluate", "checkpoints", "tracking"},
     {"training"},
-    {"reports", "guards"},
+    {"reports", "guards", "curriculum"},
     {"train"},
     {"demo"},
     {"cli"},
