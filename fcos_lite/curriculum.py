@@ -11,8 +11,8 @@ from typing import NamedTuple
 import numpy as np
 from .checkpoints import newest, read_checkpoint
 from .config import CURRICULUM, Recipe, Stage, check
-from .runs import COLUMNS
-from .tracking import draw, read_rows
+from .finetuning import freeze
+from .tracking import read_rows
 from .training import compile_for_training
 from .visualize import PALETTE
 
@@ -110,5 +110,5 @@ def prepare(
 ):
     "Give a model a stage's recipe, which parts stand still, and a fresh optimizer."
     model.recipe = lesson.recipe
-    model.fpn.trainable, model.heads.trainable = ("fpn" not in lesson.stage.freeze), ("heads" not in lesson.stage.freeze)
+    freeze(model, lesson.stage.freeze)
     compile_for_training(model, None if by_clock else lesson.steps)

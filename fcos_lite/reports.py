@@ -13,8 +13,7 @@ import time
 import keras
 from .config import check
 from .evaluate import coco_evaluation, predict, source_map75
-try: from fcos_lite.optimizer import averaged
-except ImportError: averaged = contextlib.nullcontext
+from .optimizer import averaged
 from .training import schedule_of
 
 # %% ../nbs/17b_reports.ipynb #54c399ad

@@ -108,7 +108,10 @@ class Run:
 
     def save_weights(self, model, name):
         "The arrays of the model alone, as `NAME.weights.h5`."
-        write_whole(self.path / f"{name}.weights.h5", lambda aside: save_weights(model, aside))
+        def write(aside):
+            aside.write_bytes(bytes(4 * model.count_params() + 4096 * len(model.weights)))   # is there room? HDF5 does not say so: its error gets lost when the file is closed
+            save_weights(model, aside)
+        write_whole(self.path / f"{name}.weights.h5", write)
 
     def say(self, line):
         "Print a line, and keep it in `log.txt`."

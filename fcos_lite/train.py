@@ -20,6 +20,7 @@ from .checkpoints import Checkpoint, Stopped, identity, newest
 from .config import NETWORKS, RECIPES, Network, Recipe, add_flags, check, run_command, with_flags
 from .curriculum import lessons_of, prepare, samples_of, source_stages, to_do
 from .evaluate import evaluate
+from .finetuning import start_from
 from .formats import Examples
 from .guards import Guard, explain_memory, memory, precision_of
 from .packs import read_several
@@ -127,7 +128,7 @@ def learn(
     clock = Clock(recipe, arguments.minutes) if arguments.minutes is not None else None
     check(not clock or len(lessons) == 1, "--minutes: a clock knows one stage only; leave out --minutes, or the stages (--epochs N is one stage)")
     model = build(network, recipe, arguments.seed, arguments.precision)
-    if arguments.weights and not newest(run.path): load_weights(model, arguments.weights)
+    if arguments.weights and not newest(run.path): run.say(str(start_from(model, arguments.weights)))
     steps = [math.inf if clock else lesson.steps for lesson in lessons]
     duration = f"{arguments.minutes:g} minutes in steps" if clock else f"{sum(steps):,} steps"
     run.say(f"{model.count_params():,} parameters, {len(train):,} pictures, {duration} of {recipe.batch_size}: {estimate(model, sum(steps), recipe.batch_size)}")

@@ -17,7 +17,7 @@ FLOORS = [
     {"images", "fpn", "heads", "targets", "losses", "augment", "figures"},
     {"checks", "nms", "backdrops", "weights"},
     {"scenes", "formats", "dialects", "batches", "model"},
-    {"metrics", "runs", "detect", "packs", "readers", "splits"},
+    {"metrics", "runs", "detect", "packs", "readers", "splits", "finetuning"},
     {"evaluate", "checkpoints", "tracking"},
     {"training"},
     {"reports", "guards", "curriculum"},
