@@ -212,7 +212,7 @@ class Checkpoint(keras.callbacks.Callback):
         self.epoch = about["epoch"]
         self.means = {name: array for name, array in arrays.items() if name.startswith("metrics/")}
         for callback in self.counting: vars(callback).update(about["counters"].get(type(callback).__name__, {}))
-        self.batches.epoch, self.batches.begun, self.batches.lost = self.epoch, False, dict(about.get("lost", ()))
+        self.batches.epoch, self.batches.begun, self.batches.lost = self.epoch, False, dict(about.get("lost", ()) if begun else ())
         metrics = self.folder / "metrics.csv"
         if about["metrics"] is None: metrics.unlink(missing_ok=True)
         else: write_whole(metrics, lambda aside: aside.write_bytes(about["metrics"].encode()))

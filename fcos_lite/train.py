@@ -36,6 +36,8 @@ EPILOG = """examples:
   python -m fcos_lite.train                       learn from scenes that the library draws
   python -m fcos_lite.train --coco DIR --image-size 256 --epochs 3 --out runs/first
   python -u -m fcos_lite.train --coco DIR > logfile.txt 2>&1 &
+  python -m fcos_lite.train --coco DIR --recipe source          the source's curriculum: chunks of 10,000 pictures, then all of them
+  python -m fcos_lite.train --coco DIR --stage "pictures=0:10000 epochs=30" --stage "epochs=10 peak_rate=1e-6 constant=yes pace_heads=10"
 
 DIR is laid out as COCO is: train2017/, val2017/ and annotations/instances_{train2017,val2017}.json; so is each piece that
 python -m fcos_lite.packs cuts a large one into, and --coco packs/* takes them all.
@@ -125,8 +127,7 @@ def learn(
     "Everything between the data and the evaluation."
     be_deterministic(arguments.seed)
     lessons = lessons_of(recipe, len(train))
-    clock = Clock(recipe, arguments.minutes) if arguments.minutes is not None else None
-    check(not clock or len(lessons) == 1, "--minutes: a clock knows one stage only; leave out --minutes, or the stages (--epochs N is one stage)")
+    clock = Clock(lessons[0].recipe, arguments.minutes) if arguments.minutes is not None else None
     model = build(network, recipe, arguments.seed, arguments.precision)
     if arguments.weights and not newest(run.path): run.say(str(start_from(model, arguments.weights)))
     steps = [math.inf if clock else lesson.steps for lesson in lessons]
@@ -137,7 +138,7 @@ def learn(
     whose = identity(network, recipe, train, seed=arguments.seed, precision=str(arguments.precision), backend=keras.backend.backend())
     for lesson in to_do(lessons, run.path):
         if len(lessons) > 1: run.say(str(lesson))
-        batches = Batches(pictures[lesson.pictures] if len(lessons) > 1 else pictures, recipe.batch_size, network.image_size, most_boxes(pictures), arguments.seed, drop_last=True, pad_value=network.pad_value,
+        batches = Batches(pictures[lesson.pictures] if lesson.stage.pictures else pictures, recipe.batch_size, network.image_size, most_boxes(pictures), arguments.seed, drop_last=True, pad_value=network.pad_value,
                           workers=arguments.workers, max_queue_size=4 * arguments.workers)
         prepare(model, lesson, by_clock=clock is not None)
         report.now = lesson.index
@@ -169,7 +170,8 @@ def main(argv=None): # the evaluation, as `evaluation.json` holds it; None witho
     if run is None:
         if arguments.recipe == "source" and not recipe.stages and arguments.minutes is None and not hasattr(arguments, "epochs"):
             recipe = dataclasses.replace(recipe, stages=source_stages(len(train)))
-        lessons_of(recipe, len(train))   # what these pictures cannot fill is refused before there is a folder
+        lessons = lessons_of(recipe, len(train))   # what these pictures cannot fill is refused before there is a folder
+        check(arguments.minutes is None or len(lessons) == 1, "--minutes: a clock knows one stage only; leave out --minutes, or the stages (--epochs N is one stage)")
         run = Run.create(arguments.out or time.strftime("runs/%Y-%m-%d-%H%M%S"), arguments.force)
         run.write_config(network, recipe, vars(arguments))
     try:
@@ -179,7 +181,9 @@ def main(argv=None): # the evaluation, as `evaluation.json` holds it; None witho
             model = learn(run, network, recipe, train, validation, arguments, tracking)
             load_weights(model, run.path / "best.weights.h5")
             result = evaluate(model, validation, run.path) if arguments.evaluate_every else None
-    except Stopped: sys.exit(Stopped.code)
+    except KeyboardInterrupt as wish:
+        if not isinstance(wish, Stopped): run.say(f"stopped at once; to go on from the last checkpoint: python -m fcos_lite.train --resume {run.path}")
+        sys.exit(Stopped.code)
     if result is None:
         run.say(f"not evaluated; python -m fcos_lite.evaluate --weights {run.path} does it")
         return None

@@ -16,7 +16,7 @@ TINY = """--image-size 32 --strides 16 32 --stem-filters 8 --stem-groups 2 --bac
 # the first stage cannot get better, for its rate is 0: patience ends it after three of nine epochs
 STAGES = ["--stage", "name=still pictures=0:4 epochs=9 peak_rate=0 final_rate=0", "--stage", "pictures=4:8 epochs=2 peak_rate=0.01",
           "--stage", "name=all epochs=1 peak_rate=1e-3 constant=yes pace_heads=10 freeze=fpn"]
-PATIENT = ["--patience", "2", "--monitor", "val_loss"]
+PATIENT = ["--patience", "2", "--monitor", "val_loss", "--average", "0.5"]
 STEPS = 3 * 2 + 2 * 2 + 4
 
 class Killed(BaseException):
@@ -78,6 +78,7 @@ def lives(home):
     seen["rows"] = rows(peace)
     seen["updates"] = [int(ends[stage]["optimizer/0/iteration"]) for stage in range(3)]
     weights = lambda stage: [array for name, array in sorted(ends[stage].items()) if name.startswith("model/") and not name.endswith("/state")]
+    seen["files"] = sorted(path.name for path in peace.iterdir())
     seen["moved"] = [sum(not np.array_equal(a, b) for a, b in zip(weights(stage), weights(stage + 1))) for stage in range(2)]
     seen["of"] = len(weights(0))
 
@@ -145,6 +146,11 @@ def test_patience_ends_a_stage_and_the_next_one_goes_on(seen):
 
 def test_each_stage_is_measured_on_the_chunks_before_it(seen):
     assert [("AP_stage1" in row, "AP_stage2" in row) for row in seen["rows"]] == [(True, False)] * 3 + [(True, True)] * 3
+
+def test_averages_are_measured_beside_the_raw_weights(seen):
+    assert all({"val_loss_average", "AP_average"} <= row.keys() for row in seen["rows"]) and {"best.weights.h5", "last.weights.h5", "last-average.weights.h5"} <= set(seen["files"])
+    pairs = [(row["val_loss"], row["val_loss_average"]) for row in seen["rows"]]
+    assert all(raw == average for raw, average in pairs[:3]) and all(raw != average for raw, average in pairs[3:])     # where nothing moves, the average is the weights
 
 def test_deaths_inside_stages_and_between_them_change_nothing(seen):
     assert [end and end.split(":")[0].split("/")[-1] for end in seen["deaths"]] == ["Killed"] * 4 + ["last.weights.h5", None]
