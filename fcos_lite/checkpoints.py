@@ -26,8 +26,8 @@ from .scenes import Scenes
 
 # %% ../nbs/18a_checkpoints.ipynb #8ec9869c
 def variables_of(model): # {name: keras.Variable}
-    "Every variable that a training step of a compiled model reads or writes; its optimizer must be built."
-    owners = {"model": model.variables, "metrics": model.metrics_variables, "optimizer": model.optimizer.variables}
+    "Every variable that a training step reads or writes; the optimizer of a compiled model must be built."
+    owners = {"model": model.variables, "metrics": model.metrics_variables, "optimizer": getattr(model.optimizer, "variables", [])}
     return {f"{owner}/{i}/{variable.name.rsplit('_', 1)[-1]}": variable for owner, variables in owners.items() for i, variable in enumerate(variables)}
 
 # %% ../nbs/18a_checkpoints.ipynb #80f2d52b
@@ -164,20 +164,24 @@ class Checkpoint(keras.callbacks.Callback):
         every_steps=math.inf, # micro-batches between them
         epoch_seconds=0,      # an epoch that ends sooner after a checkpoint makes none, but for the last
         say=print, # takes a line
+        stage=0,   # of a run that has several; the first begins with the model as it is, each other one with the weights that the one before ends with
     ):
         super().__init__()
         self.set_model(model)
         self.folder, self.batches, self.identity, self.say = Path(folder), batches, identity, say
         self.every_seconds, self.every_steps, self.epoch_seconds = every_seconds, every_steps, epoch_seconds
         self.epoch, self.batch, self.done, self.counting, self.wishes, self.means = 0, 0, False, [], Wishes(), {}
+        self.stage, self.began = stage, (0, 0)   # the epoch and the step with which the stage begins: both are counted through the run
 
-    step = property(lambda self: self.epoch * len(self.batches) + self.batch)   # micro-batches done
+    @property
+    def step(self): return self.began[1] + (self.epoch - self.began[0]) * len(self.batches) + self.batch   # micro-batches done
 
     def fit(self, epochs, callbacks=(), **arguments):
-        "`model.fit` from where the folder's run stands to its end; raises `Stopped` where that was asked for."
+        "`model.fit` from where the folder's run stands to the end of the stage's epochs; raises `Stopped` where that was asked for."
         self.counting = [each for callback in callbacks for each in getattr(callback, "callbacks", [callback]) if hasattr(each, "counters")]   # also of callbacks within one
         if self.restore(): self.say(f"going on after step {self.step}: epoch {self.epoch + 1}, batch {self.batch + 1} of {len(self.batches)}")
         else: self.save()
+        epochs += self.began[0]
         with self.wishes:
             while self.epoch < epochs and not self.done:
                 data, last = (Rest(self.batches, self.batch), self.epoch + 1) if self.batch else (self.batches, epochs)
@@ -188,27 +192,32 @@ class Checkpoint(keras.callbacks.Callback):
     def save(self):
         "Write down everything, now."
         metrics = self.folder / "metrics.csv"
-        about = {"identity": self.identity, "step": self.step, "epoch": self.epoch, "batch": self.batch, "done": self.done, "metrics": metrics.read_bytes().decode() if metrics.exists() else None,
+        about = {"identity": self.identity, "stage": self.stage, "began": self.began, "step": self.step, "epoch": self.epoch, "batch": self.batch, "done": self.done,
+                 "lost": [(int(number), error) for number, error in getattr(self.batches, "lost", {}).items()], "metrics": metrics.read_bytes().decode() if metrics.exists() else None,
                  "counters": {type(callback).__name__: {name: getattr(callback, name) for name in callback.counters} for callback in self.counting}}
         write_checkpoint(self.folder, pack(about, state_of(self.model)))
         self.saved, self.saved_step = time.monotonic(), self.step
 
-    def restore(self): # bool: whether there was anything
+    def restore(self): # bool: whether the stage had begun
         "Put the model, the callbacks, the batches and metrics.csv where the folder's run stood; raises `InputError` where it is another's, and changes nothing then."
         if not (path := newest(self.folder)): return False
         about, arrays = read_checkpoint(path)
         strange = strangeness(about["identity"], self.identity)
         check(not strange, f"{path}: the checkpoint of another run: {'; '.join(strange)}; resume with what it began with, or begin another run in another folder")
+        begun = about.get("stage", 0) == self.stage
+        if begun: self.began, self.batch, self.done = about.get("began", (0, 0)), about["batch"], about["done"]
+        else:   # here the stage before has ended: its weights go on, under an optimizer that knows nothing
+            self.began, arrays = (about["epoch"], about["step"]), state_of(self.model) | {name: array for name, array in arrays.items() if name.startswith("model/")}
         give(self.model, arrays, path)
-        self.epoch, self.batch, self.done = about["epoch"], about["batch"], about["done"]
+        self.epoch = about["epoch"]
         self.means = {name: array for name, array in arrays.items() if name.startswith("metrics/")}
         for callback in self.counting: vars(callback).update(about["counters"].get(type(callback).__name__, {}))
-        self.batches.epoch, self.batches.begun = self.epoch, False
+        self.batches.epoch, self.batches.begun, self.batches.lost = self.epoch, False, dict(about.get("lost", ()) if begun else ())
         metrics = self.folder / "metrics.csv"
         if about["metrics"] is None: metrics.unlink(missing_ok=True)
         else: write_whole(metrics, lambda aside: aside.write_bytes(about["metrics"].encode()))
         self.saved, self.saved_step = time.monotonic(), self.step
-        return True
+        return begun
 
     def on_epoch_begin(self, epoch, logs=None):
         for name, variable in variables_of(self.model).items():

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['SOURCE', 'CHOICES', 'SOURCE_RECIPE', 'CURRICULUM', 'SCRATCH_RECIPE', 'LONG_RECIPE', 'SOURCE_EVALUATION',
            'SOURCE_CAMERA', 'COCO_EVALUATION', 'NETWORKS', 'RECIPES', 'InputError', 'check', 'Network', 'check_network',
-           'Recipe', 'check_recipe', 'Thresholds', 'field_comments', 'optional', 'flag_options', 'add_flags',
-           'with_flags', 'run_command']
+           'Stage', 'check_stage', 'check_stages', 'read_word', 'stage_of', 'Recipe', 'check_recipe', 'Thresholds',
+           'field_comments', 'optional', 'flag_options', 'add_flags', 'with_flags', 'run_command']
 
 # %% ../nbs/00_config.ipynb #526e43c6
 import argparse
@@ -79,6 +79,62 @@ def check_network(network):
 # %% ../nbs/00_config.ipynb #2a2c0d34
 SOURCE = Network()
 
+# %% ../nbs/00_config.ipynb #39fb28d5
+@dataclass(frozen=True)
+class Stage:
+    "One line of a curriculum. What is none is the recipe's."
+    name: str = ""                       # what the log calls it
+    pictures: tuple[int, ...] = ()       # the first and one past the last of the training pictures, counted from 0; none: all
+    epochs: int | None = None            # passes over them
+    peak_rate: float | None = None       # learning rate at the end of the stage's own warm-up
+    final_rate: float | None = None      # learning rate at the stage's end
+    warmup_steps: int | None = None      # micro-batches; 5 % of a stage shorter than 20 warm-ups
+    constant: bool = False               # the rate is peak_rate in every step
+    pace_fpn: float | None = None        # multiple of the rate at which backbone and pyramid move
+    pace_heads: float | None = None      # multiple of the rate at which the heads move
+    freeze: tuple[str, ...] = ()         # parts that stand still: backbone, pyramid, fpn (both of these), heads
+
+    def __post_init__(self): check_stage(self)
+
+# %% ../nbs/00_config.ipynb #dc8864f6
+def check_stage(stage):
+    "Refuse a stage that means nothing."
+    for field in ("peak_rate", "final_rate", "warmup_steps", "pace_fpn", "pace_heads"):
+        check((getattr(stage, field) or 0) >= 0, f"stage {stage.name}: {field} {getattr(stage, field)}: must not be negative")
+    check(stage.epochs is None or stage.epochs >= 1, f"stage {stage.name}: epochs {stage.epochs}: must be at least 1")
+    check(not stage.pictures or len(stage.pictures) == 2 and 0 <= stage.pictures[0] < stage.pictures[1],
+          f"stage {stage.name}: pictures {stage.pictures}: give the first and one past the last, as 0:10000")
+    check(set(stage.freeze) <= {"backbone", "pyramid", "fpn", "heads"}, f"stage {stage.name}: freeze {', '.join(stage.freeze)}: choose from backbone, pyramid, fpn, heads")
+    check("heads" not in stage.freeze or "fpn" not in stage.freeze and not {"backbone", "pyramid"} <= set(stage.freeze), f"stage {stage.name}: freeze {', '.join(stage.freeze)}: then nothing learns; leave one out")
+    check(not stage.constant or stage.final_rate is None and stage.warmup_steps is None, f"stage {stage.name}: constant, with a final_rate or warmup_steps: a constant rate has neither; leave them out")
+
+def check_stages(stages):
+    "Refuse a curriculum in which chunks of pictures overlap."
+    chunks = sorted({stage.pictures for stage in stages if stage.pictures})
+    for (first, last), (start, end) in zip(chunks, chunks[1:]):
+        check(last <= start, f"stages: the pictures {first}:{last} and {start}:{end} overlap, so some would be in two chunks; let one end where the next begins (the same chunk twice, or a stage on all, is no mistake)")
+
+# %% ../nbs/00_config.ipynb #9f6da2f7
+def read_word(field, text): # of `Stage`; what was written -> its value
+    "One value of a stage's line."
+    if field.name == "pictures": return () if text == "all" else tuple(int(number) for number in text.split(":"))
+    if field.type is bool: return {"yes": True, "no": False}[text]
+    if field.type is str: return text
+    if field.name == "freeze": return tuple(text.split(","))
+    return typing.get_args(field.type)[0](text)
+
+def stage_of(value): # Stage, a line of field=value words, or a dictionary as JSON holds it -> Stage
+    "A stage, however it was written; raises `InputError` for a field that is unknown, or a value that it cannot have."
+    if isinstance(value, Stage): return value
+    known = {field.name: field for field in dataclasses.fields(Stage)}
+    words = dict(word.partition("=")[::2] for word in value.split()) if isinstance(value, str) else dict(value)
+    for name in words: check(name in known, f"stage {value!r}: there is no field {name}; choose from {', '.join(known)}, as in \"pictures=0:10000 epochs=30\"")
+    if not isinstance(value, str): return Stage(**{name: tuple(field) if isinstance(field, list) else field for name, field in words.items()})
+    for name, text in words.items():
+        try: words[name] = read_word(known[name], text)
+        except (ValueError, KeyError): raise InputError(f"stage {value!r}: {name} cannot be {text or 'nothing'}; write it as in \"pictures=0:10000 epochs=30 peak_rate=5e-5 constant=no freeze=fpn\"") from None
+    return Stage(**words)
+
 # %% ../nbs/00_config.ipynb #4aca2f8a
 @dataclass(frozen=True)
 class Recipe:
@@ -114,14 +170,18 @@ class Recipe:
     mosaic: float = 0.0                  # probability of a picture made of four
     min_kept: float = 0.3                # share of a box's area that must be left after them, else nobody is there
     patience: int = 7                    # evaluations without a better figure before stopping; 0 never stops
-    monitor: str = "val_loss"            # the figure: val_loss (the sum of the three), or AP
+    monitor: str = "val_loss"            # the figure: val_loss (the sum of the three), val_cls, AP, AP50, AP75 or source_map75
     validation_share: float = 0.03       # of the pictures, where no validation part is given
+    average: float = 0.0                 # share of itself that the average of the weights keeps at each update, 0.999 for a thousand updates; 0: no average
+    stages: tuple[Stage, ...] = ()       # one after the other, each given as a line: "pictures=0:10000 epochs=30 peak_rate=5e-5"; none: one, all pictures
 
-    def __post_init__(self): check_recipe(self)
+    def __post_init__(self):
+        object.__setattr__(self, "stages", tuple(stage_of(stage) for stage in self.stages))   # lines and JSON become stages
+        check_recipe(self)
 
 # %% ../nbs/00_config.ipynb #080f9f65
 CHOICES = {"decay": ("all", "kernels"), "level_rule": ("area", "relative_area", "max_distance"), "crowd": ("negative", "ignore"), "ltrb_weighting": ("none", "centerness"),
-           "centerness_normalizer": ("targets", "positives"), "warmup_from": ("final_rate", "peak_rate"), "monitor": ("val_loss", "AP")}
+           "centerness_normalizer": ("targets", "positives"), "warmup_from": ("final_rate", "peak_rate"), "monitor": ("val_loss", "val_cls", "AP", "AP50", "AP75", "source_map75")}
 
 def check_recipe(recipe):
     "Refuse a recipe that means nothing."
@@ -137,6 +197,8 @@ def check_recipe(recipe):
     check(len(recipe.zoom) == 2 and 0 < recipe.zoom[0] <= recipe.zoom[1], f"zoom {recipe.zoom}: give the least and the largest enlargement, both above 0")
     for field in ("flip", "color", "mosaic", "min_kept", "augment_probability", "validation_share", "focal_alpha"):
         check(0 <= getattr(recipe, field) <= 1, f"{field} {getattr(recipe, field)}: must be between 0 and 1")
+    check(0 <= recipe.average < 1, f"average {recipe.average}: must be at least 0 and below 1, at which it would never move")
+    check_stages(recipe.stages)
 
 # %% ../nbs/00_config.ipynb #6ed38b7b
 SOURCE_RECIPE = Recipe()
@@ -195,7 +257,9 @@ def flag_options(
 ): # keyword arguments of `ArgumentParser.add_argument`
     "How argparse reads a field of this type."
     kind = field.type
-    if typing.get_origin(kind) is tuple: return {"nargs": "+", "type": typing.get_args(kind)[0], "metavar": "X"}
+    several = typing.get_args(kind)[0] if typing.get_origin(kind) is tuple else None
+    if dataclasses.is_dataclass(several): return {"action": "append", "metavar": "LINE"}   # given once for each stage
+    if several: return {"nargs": "+", "type": several, "metavar": "X"}
     if isinstance(kind, types.UnionType): return {"type": optional(typing.get_args(kind)[0]), "metavar": "X"}
     if kind is bool: return {"action": argparse.BooleanOptionalAction}
     return {"type": kind, "metavar": "X", "choices": CHOICES.get(field.name)}
@@ -210,7 +274,8 @@ def add_flags(
     comments = field_comments(cls)
     for field in dataclasses.fields(cls):
         if field.name in skip: continue
-        parser.add_argument("--" + field.name.replace("_", "-"), dest=field.name, default=argparse.SUPPRESS,
+        name = "stage" if field.name == "stages" else field.name
+        parser.add_argument("--" + name.replace("_", "-"), dest=field.name, default=argparse.SUPPRESS,
                             help=comments.get(field.name, "").replace("%", "%%"), **flag_options(field))
 
 # %% ../nbs/00_config.ipynb #8766e261

@@ -125,7 +125,7 @@ class Guard(keras.callbacks.Callback):
     def batch(self, index):
         "A batch of this epoch, again."
         batches = copy.copy(self.batches)       # the run's own may be in the next epoch already
-        batches.epoch = self.order
+        batches.epoch, batches.part = self.order, (0, 1)   # whole, where this process makes only its rows
         return batches[index]
 
     def look(self, ended=False):

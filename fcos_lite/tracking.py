@@ -210,7 +210,7 @@ class Tracking(keras.callbacks.Callback):
             if self.uri: update(self.run, self.uri, status)
             if self.complained and self.uri: self.run.say(f"MLflow, {self.uri}: all of the run is there now")
         except Exception as error:
-            with contextlib.suppress(OSError):   # log.txt may lie on the same full disk; the line was printed before
+            with contextlib.suppress(InputError):   # log.txt may lie on the same full disk; the line was printed before
                 if not self.complained: self.run.say(complaint(error, self.uri, self.run, status))
             self.complained = True
 

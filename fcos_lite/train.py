@@ -7,6 +7,7 @@ __all__ = ['EPILOG', 'UNTIL_STOPPED', 'parser', 'draw_data', 'read_data', 'estim
 
 # %% ../nbs/19_train.ipynb #08179d9d
 import argparse
+import dataclasses
 import json
 import math
 import sys
@@ -14,18 +15,22 @@ import time
 from pathlib import Path
 import keras
 import numpy as np
-from .batches import Batches, InMemory
+from .batches import Batches, InMemory, most_boxes
 from .checkpoints import Stopped, identity, newest
 from .config import NETWORKS, RECIPES, Network, Recipe, add_flags, check, run_command, with_flags
+from .curriculum import lessons_of, prepare, samples_of, source_stages, to_do
 from .evaluate import evaluate
+from .finetuning import start_from
 from .formats import Examples
+from .guards import Guard, explain_memory, memory, precision_of
+from .memory import limit_gpu_memory
 from .packs import read_several
 from .processes import SharedCheckpoint, Team, add_process_flags, alone, folder_of, run_of, seen_by
-from .runs import Run
+from .runs import Run, locked
 from .scenes import Scenes, World
 from .tracking import Tracking
 from .reports import Clock, Report
-from .training import be_deterministic, build, compile_for_training, has_gpu
+from .training import be_deterministic, build, has_gpu
 from .weights import load_weights
 
 # %% ../nbs/19_train.ipynb #a342b727
@@ -33,6 +38,8 @@ EPILOG = """examples:
   python -m fcos_lite.train                       learn from scenes that the library draws
   python -m fcos_lite.train --coco DIR --image-size 256 --epochs 3 --out runs/first
   python -u -m fcos_lite.train --coco DIR > logfile.txt 2>&1 &
+  python -m fcos_lite.train --coco DIR --recipe source          the source's curriculum: chunks of 10,000 pictures, then all of them
+  python -m fcos_lite.train --coco DIR --stage "pictures=0:10000 epochs=30" --stage "epochs=10 peak_rate=1e-6 constant=yes pace_heads=10"
 
 DIR is laid out as COCO is: train2017/, val2017/ and annotations/instances_{train2017,val2017}.json; so is each piece that
 python -m fcos_lite.packs cuts a large one into, and --coco packs/* takes them all.
@@ -48,18 +55,19 @@ def parser(): # argparse.ArgumentParser
     p.add_argument("--scenes", type=int, default=2000, metavar="N", help="scenes to learn from, where scenes are drawn (default: %(default)s)")
     p.add_argument("--out", metavar="DIR", help="the run's folder (default: runs/ and the time)")
     p.add_argument("--force", action="store_true", help="replace an earlier run in --out")
-    p.add_argument("--resume", metavar="DIR", help="go on with the run in this folder, as it was asked for; no other flag counts, but for those of several processes")
+    p.add_argument("--resume", metavar="DIR", help="go on with the run in this folder, as it was asked for; no other flag counts but those of several processes")
     p.add_argument("--checkpoint-seconds", type=float, default=300, metavar="N", help="between two checkpoints within an epoch (default: %(default)s)")
     p.add_argument("--network", choices=NETWORKS, default="source", help="what is trained (default: %(default)s)")
     p.add_argument("--recipe", choices=RECIPES, default="scratch", help="how it learns (default: %(default)s)")
-    p.add_argument("--weights", metavar="PATH", help="start from these: the folder of a run, or a .weights.h5 file")
+    p.add_argument("--weights", metavar="NAME|PATH", help="start from these: person, the folder of a run, or a .weights.h5 file; where the classes differ, their layer is made anew")
     p.add_argument("--limit", type=int, metavar="N", help="only the first N pictures of each part")
     p.add_argument("--seed", type=int, default=0, metavar="N", help="the same seed repeats a run bit for bit on a CPU (default: %(default)s)")
     p.add_argument("--precision", choices=("float32", "mixed_float16", "mixed_bfloat16"), help="of the convolutions (default: mixed_float16 on a GPU, else float32)")
     p.add_argument("--mlflow", nargs="?", const="", metavar="URI", help="show the run in MLflow: in mlflow.db beside the run's folder, or at URI (sqlite:///FILE.db, http://HOST:PORT)")
     p.add_argument("--evaluate-every", type=int, default=1, metavar="N", help="epochs between evaluations; 0: none, not even at the end (default: %(default)s)")
     p.add_argument("--minutes", type=float, metavar="N", help="train for so long, the learning rate by the clock, in place of --epochs")
-    add_process_flags(p.add_argument_group("several processes, on the JAX backend"))
+    p.add_argument("--gpu-memory-limit", type=float, metavar="MB", help="of the graphics card's memory, what TensorFlow may take; the source's limit is 3600")
+    add_process_flags(p.add_argument_group("several processes, on JAX"))
     add_flags(p.add_argument_group("the network, instead of its preset's"), Network)
     add_flags(p.add_argument_group("the recipe, instead of its preset's"), Recipe)
     add_flags(p.add_argument_group("the drawn scenes"), World, skip=("size", "class_names"))
@@ -99,20 +107,18 @@ def estimate(
     steps, # micro-batches in the whole run
     batch_size,
 ): # str
-    "How long, and how much memory for activations, from one forward pass."
-    numbers = sum(int(np.prod(layer.output.shape[1:])) for layer in model.fpn.layers) * batch_size
-    memory = f"{8 * numbers / 2 ** 30:.1f} GB for activations"
-    if has_gpu() or not math.isfinite(steps): return f"about {memory}"   # to compile a second graph for a guess takes longer than to wait for the first epoch
+    "How long, and how much memory, from one forward pass."
+    needed = f"{memory(model.network, model.count_params(), batch_size, precision_of(model), model.recipe.accumulate) / 1e9:.1f} GB"
+    if has_gpu() or not math.isfinite(steps): return f"about {needed}"   # to compile a second graph for a guess takes longer than to wait for the first epoch
+    model.jit_compile = keras.backend.backend() != "tensorflow"   # as it will be trained
     squares = np.zeros((batch_size, model.network.image_size, model.network.image_size, 3), "uint8")
     model.predict_on_batch(squares)
     started = time.time()
     model.predict_on_batch(squares)
     minutes = 3 * (time.time() - started) * steps / 60
-    return (f"about {minutes:.0f} minutes" if minutes < 120 else f"about {minutes / 60:.0f} hours") + f" and {memory}"
+    return (f"about {minutes:.0f} minutes" if minutes < 120 else f"about {minutes / 60:.0f} hours") + f" and {needed}"
 
 # %% ../nbs/19_train.ipynb #60010673
-from .finetuning import start_from
-
 UNTIL_STOPPED = 1_000_000   # epochs
 
 def learn(
@@ -125,22 +131,28 @@ def learn(
 ): # `FCOS` with its last weights
     "Everything between the data and the evaluation."
     be_deterministic(arguments.seed)
-    pictures = InMemory(train, network.image_size, network.pad_value) if arguments.in_memory else train
-    batches = Batches(pictures, recipe.batch_size, network.image_size, shuffle_seed=arguments.seed, drop_last=True, pad_value=network.pad_value,
-                      workers=arguments.workers, max_queue_size=4 * arguments.workers, part=team.share_of(recipe.batch_size))
-    check(len(batches), f"{len(train)} picture(s) are fewer than one batch: give more, or --batch-size {max(1, len(train))}")
-    clock = Clock(recipe, arguments.minutes) if arguments.minutes is not None else None
-    epochs, steps = (UNTIL_STOPPED, math.inf) if clock else (recipe.epochs, len(batches) * recipe.epochs)
+    lessons = lessons_of(recipe, len(train))
+    clock = Clock(lessons[0].recipe, arguments.minutes) if arguments.minutes is not None else None
     model = build(network, recipe, arguments.seed, arguments.precision)
     if arguments.weights and not newest(run.path): run.say(str(start_from(model, arguments.weights)))
-    compile_for_training(model, None if clock else steps)
-    duration = f"{arguments.minutes:g} minutes in steps" if clock else f"{steps:,} steps"
-    with alone(model): run.say(f"{model.count_params():,} parameters, {len(train):,} pictures, {duration} of {recipe.batch_size}: {estimate(model, steps, recipe.batch_size)}")
-    report = Report(run, validation, recipe, steps, arguments.evaluate_every, clock)
+    steps = [math.inf if clock else lesson.steps for lesson in lessons]
+    duration = f"{arguments.minutes:g} minutes in steps" if clock else f"{sum(steps):,} steps"
+    with alone(model): run.say(f"{model.count_params():,} parameters, {len(train):,} pictures, {duration} of {recipe.batch_size}: {estimate(model, sum(steps), recipe.batch_size)}")
+    pictures = InMemory(train, network.image_size, network.pad_value) if arguments.in_memory else train
+    report = Report(run, validation, recipe, steps, arguments.evaluate_every, clock, samples_of(lessons, train))
     whose = identity(network, recipe, train, seed=arguments.seed, precision=str(arguments.precision), backend=keras.backend.backend())
-    checkpoint = SharedCheckpoint(team, run.path, model, batches, whose, arguments.checkpoint_seconds, epoch_seconds=min(10, arguments.checkpoint_seconds), say=run.say)
-    checkpoint.fit(epochs, [*([clock] if clock else []), report, tracking], verbose=int(sys.stdout.isatty()))
-    if batches.lost: run.say(str(batches.report))
+    first = int(team.share(f"{to_do(lessons, run.path)[0].index}".encode()))   # process 0 knows where the run stands
+    for lesson in lessons[first:]:
+        if len(lessons) > 1: run.say(str(lesson))
+        chunk = pictures[lesson.pictures] if lesson.stage.pictures else pictures
+        batches = Batches(chunk, recipe.batch_size, network.image_size, most_boxes(pictures), arguments.seed, drop_last=True, pad_value=network.pad_value,
+                          workers=arguments.workers, max_queue_size=4 * arguments.workers, part=team.share_of(recipe.batch_size))
+        prepare(model, lesson, by_clock=clock is not None)
+        report.now = lesson.index
+        checkpoint = SharedCheckpoint(team, run.path, model, batches, whose, arguments.checkpoint_seconds, epoch_seconds=min(10, arguments.checkpoint_seconds), say=run.say, stage=lesson.index)
+        callbacks = [Guard(run.path, batches, say=run.say), *([clock] if clock else []), report, tracking]
+        with explain_memory(model): checkpoint.fit(UNTIL_STOPPED if clock else lesson.recipe.epochs, callbacks, verbose=int(sys.stdout.isatty()))
+        if batches.lost: run.say(str(batches.report))
     return model
 
 # %% ../nbs/19_train.ipynb #c86e726c
@@ -158,6 +170,7 @@ def reopen(
 def main(argv=None): # the evaluation, as `evaluation.json` holds it; None without one
     "The command `python -m fcos_lite.train`."
     arguments = parser().parse_args(argv)
+    if arguments.gpu_memory_limit is not None: limit_gpu_memory(arguments.gpu_memory_limit)
     with Team(arguments.processes, arguments.process_id, arguments.coordinator) as team: return run_with(team, arguments)
 
 def run_with(
@@ -170,19 +183,25 @@ def run_with(
     if arguments.coco: train, validation = read_data(arguments.coco, network.class_names, arguments.limit, recipe.validation_share)
     else: train, validation = draw_data(arguments, network)
     if run is None:
+        if arguments.recipe == "source" and not recipe.stages and arguments.minutes is None and not hasattr(arguments, "epochs"):
+            recipe = dataclasses.replace(recipe, stages=source_stages(len(train)))
+        lessons = lessons_of(recipe, len(train))   # what these pictures cannot fill is refused before there is a folder
+        check(arguments.minutes is None or len(lessons) == 1, "--minutes: a clock knows one stage only; leave out --minutes, or the stages (--epochs N is one stage)")
         run = run_of(team, folder, arguments.force)
         run.write_config(network, recipe, vars(arguments))
     run = seen_by(team, run, folder)
-    for part in (train, validation):
-        if getattr(part, "report", None): run.say(str(part.report))
     try:
-        with Tracking(run, arguments.mlflow if team.first else None) as tracking:
+        with locked(run.path), Tracking(run, arguments.mlflow if team.first else None) as tracking:
+            for part in (train, validation):
+                if getattr(part, "report", None): run.say(str(part.report))
             model = learn(run, network, recipe, train, validation, arguments, tracking, team)
             if not team.first: return None
             with alone(model):
                 load_weights(model, run.path / "best.weights.h5")
                 result = evaluate(model, validation, run.path) if arguments.evaluate_every else None
-    except Stopped: sys.exit(Stopped.code)
+    except KeyboardInterrupt as wish:
+        if not isinstance(wish, Stopped): run.say(f"stopped at once; to go on from the last checkpoint: python -m fcos_lite.train --resume {run.path}")
+        sys.exit(Stopped.code)
     if result is None:
         run.say(f"not evaluated; python -m fcos_lite.evaluate --weights {run.path} does it")
         return None

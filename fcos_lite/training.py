@@ -30,7 +30,7 @@ def optimizer_of(
     rate = recipe.final_rate if total_steps is None else schedule_of(recipe, total_steps)
     paces = paces_of(model.trainable_variables, [(model.fpn.trainable_variables, recipe.pace_fpn), (model.heads.trainable_variables, recipe.pace_heads)])
     in_float16 = any(layer.compute_dtype == "float16" for layer in model.fpn.layers)
-    return make_optimizer(rate, recipe.weight_decay, recipe.clip_norm, recipe.accumulate, paces, recipe.decay, scale_loss=in_float16)
+    return make_optimizer(rate, recipe.weight_decay, recipe.clip_norm, recipe.accumulate, paces, recipe.decay, scale_loss=in_float16, average=recipe.average)
 
 # %% ../nbs/17_training.ipynb #9d62eaca
 def has_gpu(): # bool

@@ -20,7 +20,7 @@ FLOORS = [
     {"metrics", "runs", "detect", "packs", "readers", "splits", "finetuning"},
     {"evaluate", "checkpoints", "tracking"},
     {"training", "processes"},
-    {"reports", "guards"},
+    {"reports", "guards", "curriculum"},
     {"train"},
     {"demo"},
     {"cli"},
