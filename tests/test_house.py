@@ -17,7 +17,7 @@ FLOORS = [
     {"images", "fpn", "heads", "targets", "losses", "augment", "figures"},
     {"checks", "nms", "backdrops", "weights"},
     {"scenes", "formats", "dialects", "batches", "model", "records"},
-    {"metrics", "runs", "detect", "packs", "readers", "splits", "shards"},
+    {"metrics", "runs", "detect", "packs", "readers", "splits", "shards", "census"},
     {"evaluate", "checkpoints", "tracking", "streams"},
     {"training"},
     {"reports", "guards"},
