@@ -18,7 +18,7 @@ FLOORS = [
     {"checks", "nms", "backdrops", "weights"},
     {"scenes", "formats", "dialects", "batches", "model", "records"},
     {"metrics", "runs", "detect", "packs", "readers", "splits", "shards", "census"},
-    {"evaluate", "checkpoints", "tracking", "streams"},
+    {"evaluate", "checkpoints", "tracking", "streams", "data"},
     {"training"},
     {"reports", "guards"},
     {"train"},
