@@ -88,7 +88,7 @@ def learn_where(
             counts["boxes"][level] += sum(len(np.unique(row[row >= 0])) for row in part)
     return counts
 
-# %% ../nbs/06d_census.ipynb #16a6edc1
+# %% ../nbs/06d_census.ipynb #3d83ef14
 def middle(values, unit=""): # text
     "The median of some numbers, and the range of the middle nine tenths."
     if not len(values): return "none"
@@ -110,7 +110,7 @@ def describe(census, learned): # text
         "size of pictures": f"{middle(census.sizes[:, 0])} x {middle(census.sizes[:, 1])} pixels, width to height {middle(census.sizes[:, 0] / census.sizes[:, 1])}",
         f"size of boxes at {census.image_size}": f"{middle(np.sqrt(widths * heights), ' pixels')}, height to width {middle(heights / np.maximum(widths, 1e-6))}",
         "by COCO's areas": f"small {share(small, n)}, medium {share(n - small - large, n)}, large {share(large, n)}",
-        "locations that learn": f"{', '.join(f'{value:,}' for value in learned['positives'] / learned['pictures'])} a picture, level by level",
+        "locations that learn": f"{', '.join(f'{value:,.0f}' for value in learned['positives'] / learned['pictures'])} a picture, level by level",
         "boxes learned": f"{', '.join(f'{value:,}' for value in learned['boxes'])} on each level, of {learned['people']:,} in {learned['pictures']:,} pictures",
         "boxes never learned": f"{share(learned['empty'], learned['people'])} hold no location, {share(learned['beaten'], learned['people'])} lose all to smaller ones",
     }

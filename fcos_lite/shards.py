@@ -79,7 +79,7 @@ def shard_names(index): # [str]
     count = -(-index["pictures"] // index["storage"]["shard_pictures"])
     return [f"{index['part']}-{number:05d}-of-{count:05d}.tfrecord" for number in range(count)]
 
-# %% ../nbs/06b_shards.ipynb #33b643eb
+# %% ../nbs/06b_shards.ipynb #510d4500
 KINDS = {"part": str, "storage": dict, "class_names": list, "pictures": int, "max_boxes": int, "examples": str, "not_read": dict, "shards": dict}
 COUNTS = ("records", "boxes", "crowds", "empty", "bytes")
 
@@ -99,7 +99,8 @@ def load_index(folder, part): # dict
             sizes = [len(entry[key]) for key in ("offsets", "image_ids")]
             numbers = [*entry["offsets"], *entry["image_ids"], *(entry[key] for key in COUNTS)]
             if name not in known or sizes != [entry["records"]] * 2 or not all(type(number) is int for number in numbers) or entry["offsets"] != sorted(set(entry["offsets"])): raise ValueError(f"shards[{name!r}]")
-            if not (isinstance(entry["sha256"], str) and isinstance(entry["skipped"], list)): raise ValueError(f"shards[{name!r}]")
+            if min(numbers[:entry["records"]], default=0) < 0 or not isinstance(entry["sha256"], str) or not all(isinstance(text, str) for text in entry["skipped"]): raise ValueError(f"shards[{name!r}]")
+        if not all(isinstance(text, str) for text in index["class_names"]) or not all(type(n) is int and isinstance(text, str) for n, text in index["not_read"].values()): raise ValueError("class_names or not_read")
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error: raise InputError(f"{path}: not an index of records ({error}); write the records again into a new folder") from None
     return index
 
