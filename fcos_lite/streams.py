@@ -53,7 +53,7 @@ class Records(Sequence):
         check(known, f"{where}: not the record that was written here, but image {example.image_id}; `verify` tells more")
         return example
 
-# %% ../nbs/06c_streams.ipynb #28449301
+# %% ../nbs/06c_streams.ipynb #41985f04
 @lru_cache(maxsize=8)
 def interleaved(
     counts, # records of each shard, in the order in which they are opened
@@ -82,7 +82,7 @@ def stream_order(
     seed,        # int, or None: as they were written
     epoch,       # counted from 0
     window=1024, # records that are shuffled together
-    cycle=8,     # shards open at a time
+    cycle=16,    # shards open at a time
 ): # (N,) int64
     "The order in which an epoch reads records: the same for the same numbers, whatever came before."
     if seed is None: return np.arange(sum(counts))
@@ -93,14 +93,14 @@ def stream_order(
         part[:] = part[window_order(len(part), seed, epoch, number)]
     return order
 
-# %% ../nbs/06c_streams.ipynb #9c80c234
+# %% ../nbs/06c_streams.ipynb #3afc8bc4
 class RecordBatches(Batches):
     "Records as batches, in the order of `stream_order`; else as `Batches`."
     def __init__(self,
         records,            # Records, whole
         batch_size,         # B
         window=1024,        # records that are shuffled together
-        cycle=8,            # shards open at a time
+        cycle=16,           # shards open at a time
         **kwargs,           # to `Batches`
     ):
         check(len(records) == sum(records.counts), f"{records.folder}: a slice of records; give it to Batches, or the whole to RecordBatches")
@@ -110,7 +110,7 @@ class RecordBatches(Batches):
 
     def order(self): return stream_order(self.examples.counts, self.shuffle_seed, self.epoch, self.window, self.cycle)
 
-# %% ../nbs/06c_streams.ipynb #2f89a7b2
+# %% ../nbs/06c_streams.ipynb #7cf3d3ad
 def parse_with_tf(data, storage, max_boxes): # dict of image (S, S, 3) uint8, boxes (M, 4) float32, labels (M,) int32, image_id int64
     "A record as a row of a batch, by TensorFlow."
     import tensorflow as tf
@@ -132,7 +132,7 @@ def stream(
     max_boxes=None,  # M; the most that any record has where None
     drop_last=False, # leave out the last batch of an epoch where it is not full
     window=1024,     # records that are shuffled together
-    cycle=8,         # shards open at a time
+    cycle=16,        # shards open at a time
 ): # tf.data.Dataset of batches
     "The batches of `RecordBatches`, read and decoded by TensorFlow; it begins anywhere."
     import tensorflow as tf
