@@ -116,7 +116,7 @@ def describe(census, learned): # text
     }
     return "\n".join(f"  {name:24} {text}" for name, text in lines.items())
 
-# %% ../nbs/06d_census.ipynb #021ec46e
+# %% ../nbs/06d_census.ipynb #4afff4f6
 def draw_census(census, learned): # Compact
     "A census in six plots."
     (widths, heights), counts = np.maximum(census.sides.T, 1e-3), census.counts
@@ -135,7 +135,8 @@ def draw_census(census, learned): # Compact
     levels = [f"P{i + 2}" for i in range(len(learned["boxes"]))] + ["no\nlocation", "beaten"]
     with style(): bars = axes[1, 1].bar(levels, [*learned["boxes"], learned["empty"], learned["beaten"]], color=[PALETTE[2]] * (len(levels) - 2) + [PALETTE[3]] * 2)
     axes[1, 1].bar_label(bars, [f"{value / learned['pictures']:.0f}" for value in learned["positives"]] + ["", ""], fontsize=7)
-    axes[1, 1].set(ylabel=f"boxes, of {learned['people']:,}", title="learned where (locations a picture above)")
+    axes[1, 1].set(ylabel=f"boxes, of {learned['people']:,}")
+    axes[1, 1].set_title("learned where (above: locations a picture)", fontsize=8)
     cells = axes[1, 2].hist2d(*middles.T, bins=32, range=[[0, census.image_size]] * 2, cmap="viridis")[3]
     axes[1, 2].set(xlabel="middles of boxes in the square, pixels", aspect="equal", ylim=(census.image_size, 0))
     axes[1, 2].grid(False)

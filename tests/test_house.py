@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "fcos_lite"
 FLOORS = [
     {"config"},
-    {"boxes", "schedule", "optimizer", "backbone", "visualize"},
+    {"boxes", "schedule", "optimizer", "backbone", "visualize", "download"},
     {"images", "fpn", "heads", "targets", "losses", "augment", "figures"},
     {"checks", "nms", "backdrops", "weights"},
     {"scenes", "formats", "dialects", "batches", "model", "records"},
