@@ -13,13 +13,13 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "fcos_lite"
 FLOORS = [
     {"config"},
-    {"boxes", "schedule", "optimizer", "backbone", "visualize", "memory"},
+    {"boxes", "schedule", "optimizer", "backbone", "visualize", "memory", "download"},
     {"images", "fpn", "heads", "targets", "losses", "augment", "figures"},
     {"checks", "nms", "backdrops", "weights"},
-    {"scenes", "formats", "dialects", "batches", "model"},
-    {"metrics", "runs", "detect", "packs", "readers", "splits", "finetuning"},
-    {"evaluate", "checkpoints", "tracking"},
-    {"training", "processes"},
+    {"scenes", "formats", "dialects", "batches", "model", "records"},
+    {"metrics", "runs", "detect", "packs", "readers", "splits", "finetuning", "shards", "census"},
+    {"evaluate", "checkpoints", "tracking", "streams"},
+    {"training", "processes", "data"},
     {"reports", "guards", "curriculum"},
     {"train"},
     {"demo"},
