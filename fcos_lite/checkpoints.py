@@ -27,7 +27,7 @@ from .scenes import Scenes
 # %% ../nbs/18a_checkpoints.ipynb #8ec9869c
 def variables_of(model): # {name: keras.Variable}
     "Every variable that a training step reads or writes; the optimizer of a compiled model must be built."
-    owners = {"model": model.variables, "metrics": model.metrics_variables, "optimizer": getattr(model.optimizer, "variables", [])}
+    owners = {"model": model.variables, "metrics": model.metrics_variables, "optimizer": getattr(getattr(model, "optimizer", None), "variables", [])}
     return {f"{owner}/{i}/{variable.name.rsplit('_', 1)[-1]}": variable for owner, variables in owners.items() for i, variable in enumerate(variables)}
 
 # %% ../nbs/18a_checkpoints.ipynb #80f2d52b

@@ -37,7 +37,7 @@ def train(folder, kind):
     batches = Batches(list(Scenes(2 * EPOCH, 1, world)), 2, 32, shuffle_seed=0, drop_last=True)
     model = build(network, recipe)
     compile_for_training(model, STEPS)
-    report = Report(Run.create(Path(folder) / "run"), list(Scenes(8, 2, world)), recipe, STEPS)     # validates after every epoch
+    report = Report(Run.create(Path(folder) / "run"), list(Scenes(8, 2, world)), recipe, [STEPS])     # validates after every epoch
     footprint = Footprint()
     with contextlib.redirect_stdout(io.StringIO()):
         model.fit(batches, epochs=STEPS // EPOCH, shuffle=False, verbose=0, callbacks=[*{"alone": [], "report": [report], "keeper": [Keeper()]}[kind], footprint])

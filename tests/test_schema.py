@@ -165,7 +165,7 @@ class Recorder:
 
 def test_the_source_stops_after_seven_evaluations_without_a_better_one():
     "And has kept the best; the mean of the three validation losses, which the document watches, would have chosen the same."
-    report, recorder = Report(recorder := Recorder(), [], SOURCE_RECIPE, 100), recorder
+    report, recorder = Report(recorder := Recorder(), [], SOURCE_RECIPE, [100]), recorder
     report.set_model(type("Model", (), {"stop_training": False})())
     parts = np.array([[3, 2, 1], [2, 2, 1], *[[2, 2, 1.5]] * 7])
     for epoch, values in enumerate(parts, 1):
