@@ -80,6 +80,7 @@ class Report(keras.callbacks.Callback):
         super().__init__()
         self.run, self.validation, self.recipe, self.steps, self.evaluate_every, self.clock, self.samples = run, validation, recipe, list(steps), evaluate_every, clock, samples
         self.now, self.stage, self.best, self.best_of_stage, self.waited, self.step, self.began = 0, None, -math.inf, -math.inf, 0, 0, 0
+        self.first_step = 0
         run.columns = (*run.columns, *(f"{name}_average" for name in AVERAGED if recipe.average), *(f"AP_{name}" for name, *_ in samples))
 
     counters = "stage", "best", "best_of_stage", "waited", "step", "began"   # what a resumed run goes on with
