@@ -176,6 +176,7 @@ class Augment(layers.Layer):
         self.flip, self.brightness, self.noise, self.probability = flip, brightness, noise, probability
         self.zoom, self.mosaic, self.color, self.min_kept = tuple(zoom), mosaic, color, min_kept
         self.generator = random.SeedGenerator(seed)
+        self.built = True   # it has no arrays to make; else `fit` on JAX looks at a batch before the first epoch, and `Batches` counts an epoch too many
 
     def happens(self, batch, probability): # (B,) bool
         "A chance for each picture."

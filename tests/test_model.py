@@ -43,3 +43,9 @@ print("unrounded, finite")
 def test_boxes_reach_the_loss_unrounded(policy):
     done = subprocess.run([sys.executable, "-W", "error::UserWarning", "-c", PROGRAM, policy], capture_output=True, text=True, env={**os.environ, "TF_CPP_MIN_LOG_LEVEL": "3"})
     assert done.returncode == 0 and "unrounded, finite" in done.stdout, done.stderr[-3000:]
+
+def test_nothing_is_left_to_be_built():
+    "Else `fit` on JAX looks at a batch before the first epoch, `Batches` counts an epoch too many, and a resumed run is another run."
+    from fcos_lite.config import Network
+    from fcos_lite.model import FCOS
+    assert not [layer.name for layer in FCOS(Network(image_size=64))._flatten_layers() if not layer.built]

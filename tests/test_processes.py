@@ -85,24 +85,12 @@ def killed(folder, victim):
     return lives[1 - victim].said(), time.monotonic() - begun
 
 @needs_jax
-def test_two_processes_one_killed_and_resumed(tmp_path, one):
-    "The one that is left says what happened and how to go on, and both go on to the end; until then, the losses are those of one process."
+def test_two_processes_one_killed_and_resumed_have_the_losses_of_one(tmp_path, one):
     said, seconds = killed(tmp_path, victim=1)
-    before = rows(tmp_path / "run")
     assert f"error: process 0 of 2 stops, for process 1 has given no sign of life" in said and f"--resume {tmp_path / 'run'}" in said, said[-2000:]
     assert seconds < 60
     first, second = several(tmp_path, "resumed", "--resume", str(tmp_path / "run"))
     assert "going on after step" in first.ends(0) and "process 1 of 2: the run is in" in second.ends(0)
-    after = rows(tmp_path / "run")
-    assert len(after) == EPOCHS and after[:len(before)] == before
-    for ours, theirs in zip(before, rows(one)): np.testing.assert_allclose([float(ours[name]) for name in PARTS], [float(theirs[name]) for name in PARTS], rtol=1e-4)
-
-@needs_jax
-@pytest.mark.slow
-@pytest.mark.xfail(reason="not solved yet: after a resume in the middle of an epoch, two processes drift from one by up to 1 % in the loss", strict=False)
-def test_two_processes_resumed_have_the_losses_of_one(tmp_path, one):
-    killed(tmp_path, victim=1)
-    for life in several(tmp_path, "resumed", "--resume", str(tmp_path / "run")): life.ends(0)
     assert_same_losses(tmp_path / "run", one)
 
 @needs_jax
