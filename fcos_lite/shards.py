@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['ASIDE', 'FORMAT', 'KINDS', 'COUNTS', 'write_shard', 'digest_of', 'plan_of', 'shard_names', 'load_index', 'save_index',
-           'open_index', 'check_shard', 'alone_in', 'begin_worker', 'in_processes', 'report_of', 'progress',
-           'write_records', 'parts_of', 'verify']
+           'open_index', 'check_shard', 'begin_worker', 'in_processes', 'report_of', 'progress', 'write_records',
+           'parts_of', 'verify']
 
 # %% ../nbs/06b_shards.ipynb #eb75bf6d
 import hashlib
@@ -18,12 +18,11 @@ import threading
 import time
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 import cv2
 import numpy as np
-from .checks import Report, counted, stop_past
+from .checks import Report, counted, locked, stop_past
 from .config import InputError, check
 from .records import Storage, frame, read_shard, to_record
 
@@ -140,20 +139,6 @@ def check_shard(path, entry, whole=True):
     raise InputError(f"{path}: {counted(count, 'sound record')}, and not those that were written: another file; {remedy}")
 
 # %% ../nbs/06b_shards.ipynb #be30bc5e
-@contextmanager
-def alone_in(folder):
-    "Raises `InputError` where another process is writing into this folder."
-    try: import fcntl
-    except ImportError:
-        yield
-        return
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        try: fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError: raise InputError(f"{folder}: another process is writing here; wait for it, or choose another folder") from None
-        yield
-    finally: os.close(handle)
-
 def begin_worker():
     "A worker ends with its parent, and leaves the other processors to the others."
     cv2.setNumThreads(1)
@@ -205,7 +190,7 @@ def write_records(
     check(len(set(e.image_id for e in examples)) == len(examples) > 0, f"{part}: {counted(len(examples), 'picture')}; give at least one, and each image id once")
     check(not out.exists() or out.is_dir(), f"{out}: this is a file; name a folder")
     out.mkdir(parents=True, exist_ok=True)
-    with alone_in(out):
+    with locked(out):
         for file in out.glob(f"{ASIDE}*-{part}*"): file.unlink()
         index, size = open_index(out, plan), storage.shard_pictures
         jobs = [(out / name, examples[i * size:(i + 1) * size], storage) for i, name in enumerate(shard_names(index))]

@@ -211,8 +211,8 @@ def test_two_processes_cannot_train_in_one_folder(tmp_path):
     run = train.Run.create(tmp_path / "run")
     run.write_config(SOURCE, SCRATCH_RECIPE, {"scenes": 9})
     with train.locked(run.path):
-        with pytest.raises(InputError, match="another process is training"): train.main(["--resume", str(run.path)])
-        with pytest.raises(InputError, match="another process is training"): train.Run.create(run.path, force=True)
+        with pytest.raises(InputError, match="another process is at work"): train.main(["--resume", str(run.path)])
+        with pytest.raises(InputError, match="another process is at work"): train.Run.create(run.path, force=True)
     assert [path.name for path in run.path.iterdir()] == ["config.json"]
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full, a device that is always full")

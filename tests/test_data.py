@@ -13,6 +13,7 @@ import zlib
 from pathlib import Path
 import pytest
 from fcos_lite import data, shards
+from fcos_lite.checks import locked
 from fcos_lite.config import InputError
 from fcos_lite.formats import Examples, write_coco
 from fcos_lite.records import Storage, from_record, read_shard
@@ -97,7 +98,7 @@ def test_a_finished_folder_is_confirmed(many, tmp_path):
 def test_two_runs_in_one_folder(many, tmp_path):
     out = tmp_path / "out"
     out.mkdir()
-    with shards.alone_in(out): assert "another process is writing here" in message(lambda: write(many / "coco", out))
+    with locked(out): assert "another process is at work" in message(lambda: write(many / "coco", out))
     write(many / "coco", out)
     assert contents(out) == contents(many / "records")
 
