@@ -25,9 +25,10 @@ from .formats import Examples
 from .guards import Guard, explain_memory, memory, precision_of
 from .memory import limit_gpu_memory
 from .packs import read_several
-from .processes import SharedCheckpoint, Team, add_process_flags, alone, folder_of, run_of, seen_by
+from .processes import SharedCheckpoint, alone, folder_of, run_of, seen_by
 from .runs import Run, locked
 from .scenes import Scenes, World
+from .team import Team, add_process_flags
 from .tracking import Tracking
 from .reports import Clock, Report
 from .training import be_deterministic, build, has_gpu

@@ -13,9 +13,9 @@ from pathlib import Path
 from types import SimpleNamespace
 import numpy as np
 import pytest
-from fcos_lite import processes
+from fcos_lite import team as team_module
 from fcos_lite.config import InputError
-from fcos_lite.processes import Team, Watch, asked, gather, report_to
+from fcos_lite.team import Team, Watch, asked, gather, report_to
 
 needs_jax = pytest.mark.skipif(importlib.util.find_spec("jax") is None, reason="JAX is not installed")
 EPOCHS, STEPS = 25, 50
@@ -136,7 +136,7 @@ def test_evaluation_of_process_0_while_the_other_waits(tmp_path):
 # What can be asked without a second process
 
 @pytest.fixture
-def on_jax(monkeypatch): monkeypatch.setattr(processes.keras.backend, "backend", lambda: "jax")
+def on_jax(monkeypatch): monkeypatch.setattr(team_module.keras.backend, "backend", lambda: "jax")
 
 @pytest.mark.parametrize("count, number, coordinator, says", [
     (0, None, None, "give at least 1"), (2, 2, "here:1", "from 0 to 1"), (2, -1, "here:1", "from 0 to 1"), (1, 1, None, "from 0 to 0"), (2, None, "here:1", "give --process-id|with --process-id"),
@@ -145,7 +145,7 @@ def test_bad_flags(on_jax, count, number, coordinator, says):
     with pytest.raises(InputError, match=says): asked(count, number, coordinator)
 
 def test_several_processes_need_jax(monkeypatch):
-    monkeypatch.setattr(processes.keras.backend, "backend", lambda: "tensorflow")
+    monkeypatch.setattr(team_module.keras.backend, "backend", lambda: "tensorflow")
     with pytest.raises(InputError, match="on the JAX backend, and this is tensorflow; put KERAS_BACKEND=jax"): Team(2, 0, "localhost:7474")
     Team(1)
 
@@ -153,7 +153,7 @@ def test_a_batch_that_does_not_split():
     team = Team()
     team.count = 2
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(processes.keras.backend, "backend", lambda: "tensorflow")
+        patch.setattr(team_module.keras.backend, "backend", lambda: "tensorflow")
         with pytest.raises(InputError, match="--batch-size 5: 2 devices.*give 4"): team.share_of(5)
         assert team.share_of(6) == (0, 2)
 
