@@ -31,7 +31,7 @@ def run_pytest(slow):
     "The counts of pytest, and (test, reason) of the skipped."
     with tempfile.TemporaryDirectory() as folder:
         xml = Path(folder) / "junit.xml"
-        subprocess.run([sys.executable, "-m", "pytest", "tests", "-q", "--durations=10", f"--junitxml={xml}", *(["--slow"] if slow else [])], cwd=ROOT)
+        subprocess.run([sys.executable, "-m", "pytest", "tests", "-q", "--numprocesses=2", "--dist=loadfile", "--no-loadscope-reorder", "--durations=25", f"--junitxml={xml}", *(["--slow"] if slow else [])], cwd=ROOT)
         if not xml.exists(): return 0, 1, []
         cases = list(ElementTree.parse(xml).iter("testcase"))
     bad = [c for c in cases if c.find("failure") is not None or c.find("error") is not None]

@@ -93,12 +93,12 @@ def test_kill_and_again(server, tmp_path):
     Server.plan = ["drop", "slow"]
     code = f"import sys; from fcos_lite.download import *; fetch(Archive({server!r}, 'x', 1), sys.argv[1], wait=0)"
     run = subprocess.Popen([sys.executable, "-c", code, str(tmp_path / "file")], cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)})
-    begun = time.monotonic()
-    while len(Server.asked) < 2 and time.monotonic() - begun < 60: time.sleep(0.02)
+    partial, begun = tmp_path / "partial-file", time.monotonic()
+    while not (len(Server.asked) == 2 and partial.exists() and partial.stat().st_size >= 1_000_000) and time.monotonic() - begun < 60: time.sleep(0.02)
     run.kill()
     run.wait()
     assert not (tmp_path / "file").exists()
-    there = (tmp_path / "partial-file").stat().st_size
+    there = partial.stat().st_size
     assert there >= 1_000_000
     fetch(right(server), tmp_path / "file", wait=0, progress=None)
     assert Server.asked[-1] == there and (tmp_path / "file").read_bytes() == Server.whole
