@@ -101,6 +101,7 @@ class Report(keras.callbacks.Callback):
         if self.evaluate_every and ((epoch + 1) % self.evaluate_every == 0 or self.is_last()):
             row |= self.measure()
             better = self.judge(row)
+            if self.enough: step_with_the_rest(self.model.optimizer)   # the figures are those before it
         self.keep("last")
         if self.recipe.average: self.keep("last-average", "average")
         self.run.write_row(row)
