@@ -118,7 +118,8 @@ def macs(
     layer, # of a functional model whose input has a size
 ): # int, 0 unless it is a convolution
     "Multiplications that a convolution takes for one picture."
-    return math.prod(layer.kernel.shape) * math.prod(layer.output.shape[1:3]) if isinstance(layer, layers.Conv2D) else 0
+    convolves = isinstance(layer, (layers.Conv2D, layers.DepthwiseConv2D))
+    return math.prod(layer.kernel.shape) * math.prod(layer.output.shape[1:3]) if convolves else 0
 
 def by_stage(
     model, # functional, with layers named stage_…

@@ -38,6 +38,7 @@ class Network:
     image_size: int = 512                         # side of the letterboxed square, pixels
     class_names: tuple[str, ...] = ("person",)    # what is detected; a label is an index into this
     strides: tuple[int, ...] = (4, 8, 16, 32)     # pixels between neighbouring locations, one a pyramid level
+    backbone: str = "source"                      # what makes C2..C5: source, or the name of somebody else's network, as MobileNetV2 (then the fields of stem and backbone mean nothing)
     stem_filters: int = 32                        # channels of C1
     stem_groups: int = 16                         # groups of C1's normalisation
     backbone_filters: tuple[int, ...] = (32, 64, 128, 128)  # inner channels of the bottlenecks of C2..C5; they put out twice as many

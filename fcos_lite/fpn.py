@@ -10,6 +10,7 @@ import math
 import keras
 from keras import layers
 from .backbone import backbone, conv, group_norm
+from .backbones import foreign
 
 # %% ../nbs/09_fpn.ipynb #62000fa9
 def norm_leaky(
@@ -63,4 +64,5 @@ def fpn_model(
 ): # keras.Model, (B, image size, image size, 3) in [0, 1] to the pyramid's levels
     "Backbone and pyramid."
     image = keras.Input((network.image_size, network.image_size, 3), name="image")
-    return keras.Model(image, pyramid(backbone(image, network), network), name="FPN")
+    maps = (backbone if network.backbone == "source" else foreign)(image, network)
+    return keras.Model(image, pyramid(maps, network), name="FPN")

@@ -16,6 +16,7 @@ from pathlib import Path
 import keras
 import numpy as np
 from keras import ops
+from .backbones import numbers
 from .config import InputError, check
 from .model import FCOS
 from .runs import write_json
@@ -179,6 +180,7 @@ def activations(network): # {"C1": ..., "P2": ..., "heads on P2": ...}, numbers 
         shortcut = 2 * filters if level > 2 or channels != 2 * filters else 0
         found[f"C{level}"] = cells(level) * (20 * filters * blocks + shortcut)
         channels = 2 * filters
+    if n.backbone != "source": found = {"backbone": numbers(n.backbone, n.image_size)}   # of somebody else's there is no formula
     finest = round(math.log2(n.strides[0]))
     for level in range(finest, max(6, finest + len(n.strides))):
         used = 2**level in n.strides

@@ -15,6 +15,7 @@ import time
 from pathlib import Path
 import keras
 import numpy as np
+from .backbones import check_start, describe, load_backbone
 from .batches import Batches, InMemory, most_boxes
 from .checkpoints import Stopped, identity, newest
 from .config import NETWORKS, RECIPES, Network, Recipe, add_flags, check, run_command, with_flags
@@ -61,6 +62,7 @@ def parser(): # argparse.ArgumentParser
     p.add_argument("--network", choices=NETWORKS, default="source", help="what is trained (default: %(default)s)")
     p.add_argument("--recipe", choices=RECIPES, default="scratch", help="how it learns (default: %(default)s)")
     p.add_argument("--weights", metavar="NAME|PATH", help="start from these: person, the folder of a run, or a .weights.h5 file; where the classes differ, their layer is made anew")
+    p.add_argument("--backbone-weights", metavar="imagenet|PATH", help="start the backbone from these: those it was published with, or a .weights.h5 file (with --backbone)")
     p.add_argument("--limit", type=int, metavar="N", help="only the first N pictures of each part")
     p.add_argument("--seed", type=int, default=0, metavar="N", help="the same seed repeats a run bit for bit on a CPU (default: %(default)s)")
     p.add_argument("--precision", choices=("float32", "mixed_float16", "mixed_bfloat16"), help="of the convolutions (default: mixed_float16 on a GPU, else float32)")
@@ -135,7 +137,10 @@ def learn(
     lessons = lessons_of(recipe, len(train))
     clock = Clock(lessons[0].recipe, arguments.minutes) if arguments.minutes is not None else None
     model = build(network, recipe, arguments.seed, arguments.precision)
-    if arguments.weights and not newest(run.path): run.say(str(start_from(model, arguments.weights)))
+    if network.backbone != "source": run.say(describe(model))
+    if not newest(run.path):
+        if arguments.backbone_weights: load_backbone(model, arguments.backbone_weights)
+        if arguments.weights: run.say(str(start_from(model, arguments.weights)))
     steps = [math.inf if clock else lesson.steps for lesson in lessons]
     duration = f"{arguments.minutes:g} minutes in steps" if clock else f"{sum(steps):,} steps"
     with alone(model): run.say(f"{model.count_params():,} parameters, {len(train):,} pictures, {duration} of {recipe.batch_size}: {estimate(model, sum(steps), recipe.batch_size)}")
@@ -186,6 +191,7 @@ def run_with(
     if run is None:
         if arguments.recipe == "source" and not recipe.stages and arguments.minutes is None and not hasattr(arguments, "epochs"):
             recipe = dataclasses.replace(recipe, stages=source_stages(len(train)))
+        check_start(network, arguments.backbone_weights)
         lessons = lessons_of(recipe, len(train))   # what these pictures cannot fill is refused before there is a folder
         check(arguments.minutes is None or len(lessons) == 1, "--minutes: a clock knows one stage only; leave out --minutes, or the stages (--epochs N is one stage)")
         run = run_of(team, folder, arguments.force)

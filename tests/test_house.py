@@ -14,6 +14,7 @@ PACKAGE = ROOT / "fcos_lite"
 FLOORS = [
     {"config"},
     {"boxes", "schedule", "optimizer", "backbone", "visualize", "memory", "download"},
+    {"backbones"},
     {"images", "fpn", "heads", "targets", "losses", "augment", "figures"},
     {"checks", "nms", "backdrops", "weights"},
     {"scenes", "formats", "dialects", "batches", "model", "records"},
@@ -44,7 +45,7 @@ def test_a_module_imports_only_from_lower_floors(module):
     above = [other for other in imported(PACKAGE / f"{module}.py") if FLOOR[other] >= FLOOR[module]]
     assert not above, f"{module} (floor {FLOOR[module]}) imports {above}"
 
-@pytest.mark.parametrize("module", ["boxes", "backbone", "fpn", "heads", "targets", "losses", "nms", "model", "augment", "schedule"])
+@pytest.mark.parametrize("module", ["boxes", "backbone", "backbones", "fpn", "heads", "targets", "losses", "nms", "model", "augment", "schedule"])
 def test_what_computes_imports_no_tensorflow(module):
     text = (PACKAGE / f"{module}.py").read_text(encoding="utf-8")
     assert not re.search(r"^\s*(import|from) tensorflow", text, re.MULTILINE)
