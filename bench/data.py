@@ -37,7 +37,7 @@ def photographs(folder, count):
         found.append(replace(scene, image=path, height=480, boxes=boxes[kept], labels=scene.labels[kept], areas=None))
     return Examples(found, ("person",))
 
-def out_of_files(examples, size, batch_size):
+def out_of_files(examples, size, batch_size, passes):
     "The JPEG files themselves, as tutorials read them: decoded and letterboxed in every epoch."
     most, rows = most_boxes(examples), []
     for example in examples:
@@ -50,7 +50,7 @@ def out_of_files(examples, size, batch_size):
         height, width = (tf.cast(tf.round(side * scale), tf.int32) for side in (height, width))
         image = tf.cast(tf.image.resize(image, (height, width)), tf.uint8) - 114   # the bars are zeros until 114 comes back
         return {"image": tf.image.pad_to_bounding_box(image, (size - height) // 2, (size - width) // 2, size, size) + 114, "boxes": boxes, "labels": labels}
-    data = tf.data.Dataset.from_tensor_slices(tuple(map(np.stack, zip(*rows)))).shuffle(len(rows), seed=0)
+    data = tf.data.Dataset.from_tensor_slices(tuple(map(np.stack, zip(*rows)))).shuffle(len(rows), seed=0).repeat(passes)
     return data.map(load, num_parallel_calls=tf.data.AUTOTUNE).batch(batch_size).prefetch(tf.data.AUTOTUNE)
 
 def through(batches):
@@ -60,9 +60,13 @@ def through(batches):
         assert image.shape[1] == image.shape[2] and image.shape[3] == 3
     return run
 
-def one_thread(batches): return lambda: [batches[i] for i in range(len(batches))]
+def one_thread(batches, passes):
+    "The same, without keeping them."
+    def run():
+        for i in range(passes * len(batches)): batches[i % len(batches)]
+    return run
 
-def measure(network, batch_size, steps, rounds):
+def measure(network, batch_size, steps, passes, rounds):
     "Pictures a second of each way, in turns, and the shares of a training step that ours take."
     size, count = network.image_size, batch_size * steps
     storage, recipe = Storage(image_size=size), replace(SCRATCH_RECIPE, batch_size=batch_size)
@@ -78,13 +82,13 @@ def measure(network, batch_size, steps, rounds):
         compile_for_training(model, 1000)
         batch = plain[0]
         few = examples[:max(2, count // 8)]
-        ways = {"stream": through(stream(records, batch_size, 0)), "document": through(read_documents_records(folder / "document", batch_size).take(steps)),
-                "files": through(out_of_files(examples, size, batch_size)), "plain": one_thread(plain), "step": lambda: model.train_on_batch(batch),
+        ways = {"stream": through(stream(records, batch_size, 0, epochs=passes)), "document": through(read_documents_records(folder / "document", batch_size).take(passes * steps)),
+                "files": through(out_of_files(examples, size, batch_size, passes)), "plain": one_thread(plain, passes), "step": lambda: model.train_on_batch(batch),
                 "write": lambda: write_shard(folder / "again.tfrecord", few, storage),
                 "write_document": lambda: write_documents_records(folder / "again", [square_of(example, size) for example in few])}
         for way in ways.values(): way()                      # once, for what is compiled
         seconds = dict(zip(ways, in_turns(ways.values(), rounds)))
-    speed = {name: (len(few) if name.startswith("write") else batch_size if name == "step" else count) / seconds[name] for name in ways}
+    speed = {name: (len(few) if name.startswith("write") else batch_size if name == "step" else passes * count) / seconds[name] for name in ways}
     share = {name: speed["step"] / speed[name] for name in ("stream", "plain")}
     return {"batch_size": batch_size, "pictures": count, "per_second": {name: round(value, 2) for name, value in speed.items()}, "step_seconds": round(seconds["step"], 4),
             "stream_over_document": round(speed["stream"] / speed["document"], 3), "stream_over_files": round(speed["stream"] / speed["files"], 3), "plain_over_document": round(speed["plain"] / speed["document"], 3),
@@ -95,9 +99,10 @@ def main():
     parser.add_argument("--image-size", type=int, required=True)
     parser.add_argument("--batch-size", type=int, required=True)
     parser.add_argument("--steps", type=int, default=24, help="batches in one measurement (default: %(default)s)")
+    parser.add_argument("--passes", type=int, default=8, help="epochs in one measurement, for tf.data takes a while to begin (default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=5, help="measurements (default: %(default)s)")
     parser.add_argument("--tiny", action="store_true", help="a tiny network, to rehearse")
     a = parser.parse_args()
-    print(json.dumps(measure(replace(TINY if a.tiny else SOURCE, image_size=a.image_size), a.batch_size, a.steps, a.rounds)))
+    print(json.dumps(measure(replace(TINY if a.tiny else SOURCE, image_size=a.image_size), a.batch_size, a.steps, a.passes, a.rounds)))
 
 if __name__ == "__main__": main()

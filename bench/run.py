@@ -120,7 +120,7 @@ def data(rounds, rehearse):
     "Input against the document's, against JPEG files, and against the step: see data.py."
     results = {}
     for size in (64,) if rehearse else (256, 512):
-        results[str(size)] = in_a_process("data.py", "tensorflow", "--image-size", size, "--batch-size", 4, "--rounds", 1 if rehearse else max(3, rounds // 3), *(["--tiny", "--steps", 4] if rehearse else []))
+        results[str(size)] = in_a_process("data.py", "tensorflow", "--image-size", size, "--batch-size", 4, "--rounds", 1 if rehearse else max(3, rounds // 3), *(["--tiny", "--steps", 4, "--passes", 1] if rehearse else []))
         print("data", size, results[str(size)], flush=True)
     return results
 
