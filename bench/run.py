@@ -99,17 +99,29 @@ def group_norm(rounds, size=256, batch_size=8):
     row = side_by_side(passes(keras.layers.GroupNormalization(32)), passes(GroupNorm(32)), rounds)
     return {"keras_seconds": row["seconds"], "seconds": row["bare_seconds"], "keras_over_ours": row["ratio"]}
 
+def in_a_process(script, backend, *words):
+    "The line of JSON that another script prints."
+    done = subprocess.run([sys.executable, str(HERE / script), *map(str, words)], env={**os.environ, "KERAS_BACKEND": backend}, capture_output=True, text=True)
+    if done.returncode: sys.exit(done.stderr)
+    return json.loads(done.stdout.splitlines()[-1])
+
 def whole_loop(rounds, rehearse):
     "The whole training loop against the bare pass on each backend, and against the document's loop: see training.py. Each backend in a process of its own."
     results = {}
     for backend in ("tensorflow", "jax"):
         for size, batch_size in ((64, 2),) if rehearse else ((256, 4), (512, 4)):
-            command = [sys.executable, HERE / "training.py", "--image-size", size, "--batch-size", batch_size, "--rounds", 1 if rehearse else max(2, rounds // 7),
-                       *(["--document"] if backend == "tensorflow" else []), *(["--tiny"] if rehearse else [])]
-            done = subprocess.run([str(word) for word in command], env={**os.environ, "KERAS_BACKEND": backend}, capture_output=True, text=True)
-            if done.returncode: sys.exit(done.stderr)
-            results.setdefault(backend, {})[str(size)] = json.loads(done.stdout.splitlines()[-1])
-            print(backend, size, results[backend][str(size)], flush=True)
+            row = in_a_process("training.py", backend, "--image-size", size, "--batch-size", batch_size, "--rounds", 1 if rehearse else max(2, rounds // 7),
+                               *(["--document"] if backend == "tensorflow" else []), *(["--tiny"] if rehearse else []))
+            results.setdefault(backend, {})[str(size)] = row
+            print(backend, size, row, flush=True)
+    return results
+
+def data(rounds, rehearse):
+    "Input against the document's, against JPEG files, and against the step: see data.py."
+    results = {}
+    for size in (64,) if rehearse else (256, 512):
+        results[str(size)] = in_a_process("data.py", "tensorflow", "--image-size", size, "--batch-size", 4, "--rounds", 1 if rehearse else max(3, rounds // 3), *(["--tiny", "--steps", 4, "--passes", 1] if rehearse else []))
+        print("data", size, results[str(size)], flush=True)
     return results
 
 def machine():
@@ -131,6 +143,13 @@ def table(results):
     for count, row in results.get("targets", {}).items():
         lines.append(f"| target assignment, share of the step, batch 4, 512², {count} boxes a picture | {row['share_of_step']:.1%} | ≤ 3 % |")
         lines.append(f"| the document's loop over boxes, eager / ours, {count} boxes | {row['document_over_ours']:.1f} × | |")
+    for size, row in results.get("data", {}).items():
+        lines.append(f"| pictures a second, ready for the step: our records (JPEG, `tf.data`) / the document's (PNG, two maps, prefetch 1), {size}² | {row['stream_over_document']:.2f} × | |")
+        lines.append(f"| the same: our records by `tf.data` / the JPEG files themselves by `tf.data`, {size}² | {row['stream_over_files']:.2f} × | |")
+        lines.append(f"| the same: our records without TensorFlow, one thread / the document's, {size}² | {row['plain_over_document']:.2f} × | |")
+        for name, words in (("stream", "by `tf.data`"), ("plain", "without TensorFlow, one thread")):
+            lines.append(f"| time to make a batch of 4 out of our records, {words} / time of the training step, {size}² | {row['share_of_step'][name]:.1%} | ≤ 10 % |")
+        lines.append(f"| records written a second, one process: ours (JPEG) / the document's (PNG), {size}² | {row['write_over_document']:.2f} × | |")
     if "group_norm" in results: lines.append(f"| Keras' GroupNormalization / ours, forward and backward | {results['group_norm']['keras_over_ours']:.2f} × | |")
     return "\n".join(lines)
 
@@ -149,18 +168,19 @@ def targets(results, rounds):
         print(count, results["targets"][str(count)], flush=True)
 
 NAMES = {"tensorflow": "TensorFlow", "jax": "JAX"}
-PARTS = ("step", "targets", "norm", "training")
+PARTS = ("step", "targets", "norm", "training", "data")
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=15, help="times that each pair is measured (default: %(default)s)")
     parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS, help="measure these, and keep what results.json has of the others (default: all)")
-    parser.add_argument("--rehearse", action="store_true", help="training on a tiny network, once, to see that it runs; nothing is written")
+    parser.add_argument("--rehearse", action="store_true", help="training and data on a tiny network, once, to see that they run; nothing is written")
     a = parser.parse_args()
-    if a.rehearse: return print(table({"training": whole_loop(1, True)}))
+    if a.rehearse: return print(table({name: measured(1, True) for name, measured in (("training", whole_loop), ("data", data)) if name in a.only}))
     results = json.loads((HERE / "results.json").read_text(encoding="utf-8")) if set(a.only) < set(PARTS) and (HERE / "results.json").exists() else {}
     results["machine"] = machine()
     if "training" in a.only: results["training"] = whole_loop(a.rounds, False)
+    if "data" in a.only: results["data"] = data(a.rounds, False)
     if "step" in a.only: steps_and_detection(results, a.rounds)
     if "targets" in a.only: targets(results, a.rounds)
     if "norm" in a.only: results["group_norm"] = group_norm(a.rounds)
@@ -172,6 +192,8 @@ def main():
 
 LEGEND = """Pairs are measured in turns; a ratio is that of medians. *The whole of `fit`* reads JPEG files, letterboxes, augments, assigns targets, steps and keeps its metrics, with the `scratch` recipe and batches of 4; *bare* is
 the network's forward and backward pass on one batch that is there already. *The document's loop* (document_loop.py) is eager, reads its PNG records, loops over the boxes of each picture, prints each step,
-clips each tensor and has two optimizers; its network is ours. It throws every ninth micro-batch away: per picture that it learns from, it is slower by nine eighths."""
+clips each tensor and has two optimizers; its network is ours. It throws every ninth micro-batch away: per picture that it learns from, it is slower by nine eighths.
+*Input* (data.py) is measured alone, through whole epochs, from closed files to batches of 4 with pictures, boxes and labels. The photographs are grainy scenes of 640 x 480; the records hold squares of the size that is trained, of JPEG
+quality 90 or of PNG; the step is that of the `source` network with the `scratch` recipe."""
 
 if __name__ == "__main__": main()

@@ -49,10 +49,10 @@ def most_boxes(examples): # int >= 1
     return max(1, known if known is not None else max((len(example.boxes) for example in examples), default=1))
 
 # %% ../nbs/06_batches.ipynb #f1a7edca
-def stand_in(example, pad_value=114): # Example
+def stand_in(image_id, pad_value=114): # Example
     "An empty picture in another's place."
     grey = np.full((1, 1, 3), pad_value, np.uint8)
-    return Example(example.image_id, grey, np.zeros((0, 4), np.float32), np.zeros(0, np.int32), 1, 1, np.zeros(0, np.float32))
+    return Example(image_id, grey, np.zeros((0, 4), np.float32), np.zeros(0, np.int32), 1, 1, np.zeros(0, np.float32))
 
 # %% ../nbs/06_batches.ipynb #bb60e8aa
 def epoch_order(
@@ -99,16 +99,21 @@ class Batches(keras.utils.PyDataset):
     def rows(self, index, i, n):
         "Of batch `index` the i-th of n equal parts."
         rows = np.split(self.order()[index * self.batch_size:(index + 1) * self.batch_size], n)[i]
-        parts = [make_example(self.in_memory(self.examples[int(i)]), self.image_size, self.max_boxes, self.pad_value) for i in rows]
+        parts = [make_example(self.in_memory(int(i)), self.image_size, self.max_boxes, self.pad_value) for i in rows]
         return {name: np.stack([part[name] for part in parts]) for name in parts[0]}
 
-    def in_memory(self, example): # Example whose picture is an array
-        "The example with its picture read; where that fails, a grey one, and a note of it."
-        try: return replace(example, image=example.read())
+    def in_memory(self, i): # Example whose picture is an array
+        "Example `i` with its picture read; where that fails, a grey one, and a note of it."
+        try:
+            example = self.examples[i]
+            return replace(example, image=example.read())
         except (InputError, OSError) as error:
-            if example.image_id not in self.lost: warnings.warn(f"{error}. An empty grey picture takes its place", stacklevel=2)
-            self.lost[example.image_id] = str(error)
-            return stand_in(example, self.pad_value)
+            number = self.image_id(i)
+            if number not in self.lost: warnings.warn(f"{error}. An empty grey picture takes its place", stacklevel=2)
+            self.lost[number] = str(error)
+            return stand_in(number, self.pad_value)
+
+    def image_id(self, i): return self.examples[i].image_id
 
     @property
     def report(self): # Report

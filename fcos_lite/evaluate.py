@@ -94,9 +94,10 @@ def plot_precision_recall(
 
 # %% ../nbs/16b_evaluate.ipynb #785db155
 def picture_of(example): # (H, W, 3) uint8 RGB
-    "The picture, or grey where it cannot be read; `predict` has then said so."
-    try: return example.read()
-    except (InputError, OSError): return np.full((example.height, example.width, 3), 114, np.uint8)
+    "The picture, enlarged where only a smaller one was kept, and grey where none can be read; `predict` has then said so."
+    try: image = example.read()
+    except (InputError, OSError): image = np.full((example.height, example.width, 3), 114, np.uint8)
+    return image if image.shape[:2] == (example.height, example.width) else cv2.resize(image, (example.width, example.height))
 
 def cut_out(
     image, # (H, W, 3) uint8

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PLACE', 'SHIFTS', 'ONES', 'crc_table', 'follow', 'tables', 'crc32c', 'masked', 'frame', 'unframe', 'varint', 'field',
            'write_example', 'read_varint', 'read_fields', 'read_numbers', 'read_example', 'Storage', 'encode_square',
-           'to_record', 'Recorded', 'from_record', 'read_shard']
+           'to_record', 'Recorded', 'Photograph', 'from_record', 'read_shard']
 
 # %% ../nbs/06a_records.ipynb #9d9e5cc1
 import math
@@ -196,6 +196,18 @@ class Recorded(Example):
         "Its boxes and areas in pixels of the photograph."
         fit = self.letterbox
         return fit.boxes_out(self.boxes), self.areas / np.float32(fit._scale[:2].prod())
+
+    def photograph(self): # Photograph
+        "What it knows of its photograph: figures that are measured there are those of the file."
+        boxes, areas = self.in_photograph()
+        return Photograph(self.image_id, self, boxes, self.labels, self.letterbox.width, self.letterbox.height, areas)
+
+class Photograph(Example):
+    "An example in its photograph's pixels, whose picture is smaller: the square without its bars."
+    def read(self): # (h, w, 3) uint8 RGB, h : w as height : width
+        if isinstance(self.image, np.ndarray): return self.image
+        fit = self.image.letterbox
+        return self.image.read()[fit.top:fit.top + fit.scaled_height, fit.left:fit.left + fit.scaled_width]
 
 def from_record(
     data,  # bytes of a tf.train.Example

@@ -6,6 +6,7 @@
 __all__ = ['Records', 'interleaved', 'window_order', 'stream_order', 'RecordBatches', 'parse_with_tf', 'stream']
 
 # %% ../nbs/06c_streams.ipynb #96ae72ba
+import hashlib
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -32,26 +33,52 @@ class Records(Sequence):
         self.ends = np.cumsum(self.counts)
         self.class_names, self.max_boxes = tuple(self.index["class_names"]), self.index["max_boxes"]
         self.storage, self.report = Storage(**self.index["storage"]), report_of(self.index, folder)
-        self.rows = range(int(self.ends[-1]))
+        self.rows, self.measured = range(int(self.ends[-1])), False
 
     def __len__(self): return len(self.rows)
 
-    def __getitem__(self, i): # Recorded; for a slice Records
-        if isinstance(i, slice):
-            part = object.__new__(type(self))
-            part.__dict__ = {**self.__dict__, "rows": self.rows[i]}
-            return part
+    def other(self, **new): # Records
+        part = object.__new__(type(self))
+        part.__dict__ = {**self.__dict__, **new}
+        return part
+
+    def photographs(self): # Records of Photograph
+        "The same in the pixels of the photographs, to measure on."
+        return self.other(measured=True)
+
+    @property
+    def here(self): # a tuple
+        "How many records of each shard; raises `InputError` for a slice with gaps."
+        check(self.rows.step == 1, f"{self.folder}: every {self.rows.step}th record was asked for, and these are in no shard's order; give it to Batches")
+        return tuple(np.diff(np.clip([0, *self.ends], self.rows.start, max(self.rows.start, self.rows.stop))).tolist())
+
+    @property
+    def fingerprint(self): # 16 hexadecimal digits
+        "A number for what is kept, pixels and all, and for which of it; nothing is read for it."
+        said = repr((self.class_names, self.rows, [self.index["shards"][Path(path).name]["sha256"] for path in self.paths]))
+        return hashlib.sha256(said.encode()).hexdigest()[:16]
+
+    def find(self, i): # the shard's path, its entry in the index, the record's place in it
         row = self.rows[i]
         shard = int(np.searchsorted(self.ends, row, side="right"))
-        entry, place = self.index["shards"][Path(self.paths[shard]).name], int(row - self.ends[shard] + self.counts[shard])
+        return self.paths[shard], self.index["shards"][Path(self.paths[shard]).name], int(row - self.ends[shard] + self.counts[shard])
+
+    def image_id(self, i):
+        "What the index says, whatever has become of the record."
+        _, entry, place = self.find(i)
+        return entry["image_ids"][place]
+
+    def __getitem__(self, i): # Recorded; for a slice Records
+        if isinstance(i, slice): return self.other(rows=self.rows[i])
+        path, entry, place = self.find(i)
         start, end = (entry["offsets"] + [entry["bytes"]])[place:place + 2]
-        where = f"{self.paths[shard]}, record {place} at byte {start:,}"
-        with open(self.paths[shard], "rb") as file:
+        where = f"{path}, record {place} at byte {start:,}"
+        with open(path, "rb") as file:
             file.seek(start)
             example = from_record(unframe(file.read(end - start), where), where)
         known = example.image_id == entry["image_ids"][place] and example.width == self.storage.image_size and np.isin(example.labels, [-2, *range(len(self.class_names))]).all()
         check(known, f"{where}: not the record that was written here, but image {example.image_id}; `verify` tells more")
-        return example
+        return example.photograph() if self.measured else example
 
 # %% ../nbs/06c_streams.ipynb #41985f04
 @lru_cache(maxsize=8)
@@ -85,7 +112,7 @@ def stream_order(
     cycle=16,    # shards open at a time
 ): # (N,) int64
     "The order in which an epoch reads records: the same for the same numbers, whatever came before."
-    if seed is None: return np.arange(sum(counts))
+    if seed is None or sum(counts) <= window: return epoch_order(sum(counts), seed, epoch)   # what one window holds, it can shuffle perfectly
     shards, starts = epoch_order(len(counts), seed, epoch), np.cumsum((0, *counts))
     order = np.array([starts[shards[shard]] + place for shard, place in interleaved(tuple(counts[s] for s in shards), cycle)], np.int64)
     for number, first in enumerate(range(0, len(order), window)):
@@ -97,18 +124,19 @@ def stream_order(
 class RecordBatches(Batches):
     "Records as batches, in the order of `stream_order`; else as `Batches`."
     def __init__(self,
-        records,            # Records, whole
+        records,            # Records, or a slice of them without gaps
         batch_size,         # B
         window=1024,        # records that are shuffled together
         cycle=16,           # shards open at a time
         **kwargs,           # to `Batches`
     ):
-        check(len(records) == sum(records.counts), f"{records.folder}: a slice of records; give it to Batches, or the whole to RecordBatches")
         check(window >= 1 and cycle >= 1, f"window {window}, cycle {cycle}: both must be at least 1")
         super().__init__(records, batch_size, **{"image_size": records.storage.image_size, **kwargs})
-        self.window, self.cycle = window, cycle
+        self.counts, self.window, self.cycle = records.here, window, cycle
 
-    def order(self): return stream_order(self.examples.counts, self.shuffle_seed, self.epoch, self.window, self.cycle)
+    def image_id(self, i): return self.examples.image_id(i)
+
+    def order(self): return stream_order(self.counts, self.shuffle_seed, self.epoch, self.window, self.cycle)
 
 # %% ../nbs/06c_streams.ipynb #7cf3d3ad
 def parse_with_tf(data, storage, max_boxes): # dict of image (S, S, 3) uint8, boxes (M, 4) float32, labels (M,) int32, image_id int64
@@ -136,15 +164,16 @@ def stream(
 ): # tf.data.Dataset of batches
     "The batches of `RecordBatches`, read and decoded by TensorFlow; it begins anywhere."
     import tensorflow as tf
-    check(len(records) == sum(records.counts), f"{records.folder}: a slice of records; give it to Batches, or the whole to stream")
+    check(len(records) == sum(records.counts), f"{records.folder}: a slice of records; give it to RecordBatches, or the whole to stream")
     check(batch_size >= 1 and first_batch >= 0 and window >= 1 and cycle >= 1, f"batch_size {batch_size}, first_batch {first_batch}, window {window}, cycle {cycle}: at least 1, first_batch at least 0")
     auto, rows = tf.data.AUTOTUNE, max(1, max_boxes or records.max_boxes)
+    few = len(records) <= window   # one window holds them all
     def call(function, *numbers): return tf.ensure_shape(tf.numpy_function(lambda *n: function(*map(int, n)), numbers, tf.int64), (None,))
-    def shuffled(number, data, e): return tf.gather(data, call(lambda n, e, w: window_order(n, shuffle_seed, e, w), tf.size(data), e, number))
+    def shuffled(number, data, e): return tf.gather(data, call(lambda n, e, w: epoch_order(n, shuffle_seed, e) if few else window_order(n, shuffle_seed, e, w), tf.size(data), e, number))
     def of_epoch(e):
-        shards = call(lambda e: epoch_order(len(records.paths), shuffle_seed, e), e)
+        shards = call(lambda e: epoch_order(len(records.paths), None if few else shuffle_seed, e), e)
         files = tf.data.Dataset.from_tensor_slices(tf.gather(tf.constant(records.paths), shards))
-        data = files.interleave(tf.data.TFRecordDataset, cycle_length=1 if shuffle_seed is None else cycle, num_parallel_calls=auto, deterministic=True)
+        data = files.interleave(tf.data.TFRecordDataset, cycle_length=1 if few or shuffle_seed is None else cycle, num_parallel_calls=auto, deterministic=True)
         if shuffle_seed is not None: data = data.batch(window).enumerate().map(lambda number, part: shuffled(number, part, e)).unbatch()
         data = data.skip(tf.where(e == epoch, np.int64(first_batch * batch_size), np.int64(0)))
         return data.map(lambda one: parse_with_tf(one, records.storage, rows), auto, deterministic=True).batch(batch_size, drop_last)

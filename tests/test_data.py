@@ -19,6 +19,7 @@ from fcos_lite.formats import Examples, write_coco
 from fcos_lite.records import Storage, from_record, read_shard
 from fcos_lite.scenes import Scenes, World
 from fcos_lite.shards import ASIDE, load_index, shard_names, verify, write_records
+from fcos_lite.streams import Records
 from test_bad_input import clean, coco, content, entry, message, page, pictures, rewrite   # a COCO folder, and ways to break it
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -241,7 +242,6 @@ def test_verify_ends_with_1_and_the_names_of_all_damaged_shards(many, tmp_path):
     assert subprocess.run([sys.executable, "-m", "fcos_lite.data", "verify", str(tmp_path / "nothing")], cwd=ROOT, env=ENV, capture_output=True).returncode == 2
 
 def test_an_unfinished_folder_is_told_by_verify_and_refused_by_the_reader(many, tmp_path):
-    from fcos_lite.streams import Records
     out = tmp_path / "out"
     shutil.copytree(many / "records", out)
     index = json.loads((out / "train2017.json").read_text())
@@ -261,3 +261,34 @@ def test_inspect_names_what_would_stop_the_others(coco, tmp_path, capsys):
     assert "1 skipped: picture that cannot be read" in said and "boxes never learned" in said
     page = (tmp_path / "page.html").read_text()
     assert "1 skipped" in page and page.count("data:image/png;base64,") == 2 and "<script" not in page
+
+# --- who learns, and who judges
+
+@pytest.mark.parametrize("stratify", [False, True])
+def test_held_out_from_the_command(stratify, many, tmp_path):
+    out = tmp_path / "out"
+    write(many / "coco", out, "--hold-out", "16", *(["--stratify", "--seed", "3"] if stratify else []))
+    held, learned = ids(out, "val2017"), ids(out)
+    assert sorted(held + learned) == list(range(1, 161)) and len(held) == 16
+    assert (held == list(range(1, 17))) != stratify
+    people = {picture.image_id: len(picture.labels) for part in ("train2017", "val2017") for picture in Records(out, part)}
+    for count in set(people.values()):
+        if stratify: assert abs(sum(people[i] == count for i in held) - 0.1 * list(people.values()).count(count)) < 1
+    assert "at least 1, and less than the 160" in message(lambda: write(many / "coco", tmp_path / "none", "--hold-out", "160"))
+    shutil.copytree(many / "coco", tmp_path / "coco")
+    shutil.copytree(tmp_path / "coco/train2017", tmp_path / "coco/val2017")
+    shutil.copy(tmp_path / "coco/annotations/instances_train2017.json", tmp_path / "coco/annotations/instances_val2017.json")
+    assert "the parts are train2017, val2017; name one" in message(lambda: data.main(["write", "--coco", str(tmp_path / "coco"), "--out", str(tmp_path / "none"), "--hold-out", "9"]))
+    assert not (tmp_path / "none").exists()
+
+def test_no_picture_is_in_two_parts_under_whatever_name(coco, tmp_path, capsys):
+    "Two files of val2017 lie in train2017, too: one under its own id and name, one under others. They are left out there, told, and no reason to stop."
+    before = len(pictures(coco))
+    for number, (judge, file) in enumerate(zip(sorted((coco / "val2017").iterdir()), pictures(coco)[2:])):
+        if number < 2: shutil.copy(judge, file)
+    data.main(["write", "--coco", str(coco), "--out", str(tmp_path / "out"), "--workers", "1", *FLAGS])
+    said = capsys.readouterr().out
+    assert "2 pictures of train2017 left out: in val2017 too, the first is" in said and "2 skipped: copy of a picture of val2017; first:" in said
+    assert ids(tmp_path / "out") == [1, 2, *range(5, before + 1)] and len(ids(tmp_path / "out", "val2017")) == 4
+    data.main(["verify", str(tmp_path / "out")])
+    assert "2 skipped: copy of a picture of val2017; first:" in capsys.readouterr().out

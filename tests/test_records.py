@@ -1,18 +1,25 @@
 """Records: what was written is what is read, by whichever reader, in an order that can be computed; and a damaged byte is never a different picture."""
+import csv
 import hashlib
+import importlib.util
 import json
 import os
+import shutil
+import signal
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
+import h5py
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from fcos_lite import data
 from fcos_lite.batches import Batches, epoch_order
 from fcos_lite.config import InputError
-from fcos_lite.formats import Examples
+from fcos_lite.formats import Examples, write_coco
 from fcos_lite.records import Storage, crc32c, frame, from_record, masked, read_example, read_shard, to_record, unframe, write_example
 from fcos_lite.scenes import Scenes, World
 from fcos_lite.shards import load_index, shard_names, verify, write_records
@@ -251,3 +258,138 @@ def test_an_index_that_was_changed_is_refused_or_harmless(copy):
         try: verify(copy)
         except InputError: pass
     one()
+
+# --- training
+
+TRAIN = """--epochs 3 --evaluate-every 3 --batch-size 4 --checkpoint-seconds 0 --precision float32 --image-size 64 --strides 16 32 --level-areas 1024 --stem-filters 8 --stem-groups 2 --backbone-filters 8 8 8 8 --backbone-blocks 1 1 1 1
+ --backbone-groups 2 --pyramid-channels 16 --pyramid-groups 2 --tower-depth 1 --tower-channels 16 --tower-groups 2 --accumulate 2 --noise 0.1 --brightness 0.3 --rescue-lost""".split()
+
+@pytest.fixture(scope="session")
+def photographs(tmp_path_factory):
+    "A folder of photographs that are not square, and PNG records of it at the size that is trained."
+    root = tmp_path_factory.mktemp("photographs")
+    for part, count, seed in (("train2017", 22, 7), ("val2017", 6, 8)):
+        found = []
+        for i, scene in enumerate(Scenes(count, seed, World(size=96, min_height=20, max_people=3, empty_share=0.1))):
+            boxes = np.clip(scene.boxes - np.float32([0, 24] * 2), 0, np.float32([96, 72] * 2))
+            kept = (boxes[:, 2:] > boxes[:, :2] + 4).all(1)
+            found.append(replace(scene, image=scene.image[24:], height=72, boxes=boxes[kept], labels=scene.labels[kept], areas=None) if i % 2 else scene)
+        write_coco(root / "coco", part, found, ("person",))
+    data.main(["write", "--coco", str(root / "coco"), "--out", str(root / "records"), "--format", "png", "--image-size", "64", "--shard-pictures", "5", "--workers", "1"])
+    return root
+
+def start(backend, *flags):
+    "The command that trains."
+    environment = {**os.environ, "KERAS_BACKEND": backend, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT), "XLA_FLAGS": "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"}
+    return subprocess.Popen([sys.executable, "-u", "-m", "fcos_lite.train", *map(str, flags)], cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+def finish(process, code=0):
+    said = process.communicate()[0]
+    assert process.returncode == code, said[-3000:]
+    return said
+
+def stored_arrays(path):
+    "The arrays of a weights file."
+    found = {}
+    with h5py.File(path) as file: file.visititems(lambda name, item: found.update({name: np.array(item)}) if isinstance(item, h5py.Dataset) else None)
+    return found
+
+def rows(run): return list(csv.DictReader((run / "metrics.csv").read_text().splitlines())) if (run / "metrics.csv").exists() else []
+
+@pytest.mark.parametrize("backend", ["tensorflow", pytest.param("jax", marks=[pytest.mark.slow, pytest.mark.skipif(importlib.util.find_spec("jax") is None, reason="JAX is not installed")])])
+def test_trained_out_of_records_killed_and_resumed_it_is_the_network_of_the_photographs(backend, photographs, tmp_path):
+    "Up to a window's 1,024 pictures, of PNG at the training's size: the weights are the same to the last bit, and what is measured is measured in the photographs."
+    finish(start(backend, *TRAIN, "--coco", photographs / "coco", "--out", tmp_path / "coco"))
+    run = start(backend, *TRAIN, "--records", photographs / "records", "--out", tmp_path / "records")
+    while not rows(tmp_path / "records") and run.poll() is None: time.sleep(0.01)
+    run.kill()
+    finish(run, -signal.SIGKILL)
+    assert len(rows(tmp_path / "records")) in (1, 2)
+    assert "going on after step" in finish(start(backend, "--resume", tmp_path / "records"))
+    arrays = [stored_arrays(tmp_path / name / "last.weights.h5") for name in ("coco", "records")]
+    assert arrays[0].keys() == arrays[1].keys() and len(arrays[0]) > 50
+    for name in arrays[0]: np.testing.assert_array_equal(arrays[0][name], arrays[1][name], err_msg=name)
+    for one, other in zip(rows(tmp_path / "coco"), rows(tmp_path / "records"), strict=True):
+        for name in ("loss", "cls", "reg", "ctr", "step"): assert one[name] == other[name]
+        for name in ("val_loss", "AP", "AP50", "source_map75"): assert one[name] == other[name] or float(one[name]) == pytest.approx(float(other[name]), rel=1e-4, abs=1e-4), name
+    assert float(one["val_loss"]) > 0
+    figures = [json.loads((tmp_path / name / "evaluation.json").read_text()) for name in ("coco", "records")]
+    for name in ("AP", "APs", "APm", "APl", "images", "boxes"): assert figures[0][name] == pytest.approx(figures[1][name], abs=1e-4), name
+
+def test_a_record_that_broke_is_named_and_a_folder_without_a_shard_is_refused(photographs, tmp_path):
+    folder = tmp_path / "records"
+    shutil.copytree(photographs / "records", folder)
+    first, second = sorted(folder.glob("train2017-*"))[:2]
+    whole = first.read_bytes()
+    first.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    batches = RecordBatches(Records(folder, "train2017"), 4, shuffle_seed=0)
+    with pytest.warns(UserWarning, match=f"{first.name}, record 4 at byte .*: damaged"): found = [batches[i] for i in range(len(batches))]
+    assert sorted(np.concatenate([batch["image_id"] for batch in found]).tolist()) == list(range(1, 23)) and list(batches.lost) == [5]
+    grey = np.concatenate([batch["image"] for batch in found])[np.concatenate([batch["image_id"] for batch in found]) == 5]
+    assert (grey == 114).all()
+    with pytest.raises(InputError, match="1 of 22 pictures cannot be used"): batches.on_epoch_end()
+    second.unlink()
+    assert f"error: {second}: missing; run `write` again" in finish(start("tensorflow", *TRAIN, "--records", folder, "--out", tmp_path / "run"), 2)
+    assert not (tmp_path / "run").exists()
+
+def test_chunks_and_what_has_no_val_part(photographs, tmp_path):
+    "Slices without gaps have an order of their own, each record once; what is kept aside is not learned."
+    whole = Records(photographs / "records", "train2017")
+    for first, last in ((0, 22), (3, 4), (4, 19), (10, 10)):
+        chunk = whole[first:last]
+        assert sum(chunk.here) == len(chunk) == last - first and sorted(stream_order(chunk.here, 1, 2, 4, 2).tolist()) == list(range(last - first))
+    batches = RecordBatches(whole[4:19], 5, window=4, cycle=2, shuffle_seed=3)
+    assert sorted(np.concatenate([batches[i]["image_id"] for i in range(3)]).tolist()) == list(range(5, 20))
+    prints = {whole.fingerprint, whole[:9].fingerprint, whole[1:10].fingerprint, Records(photographs / "records", "val2017").fingerprint}
+    assert len(prints) == 4 and Records(photographs / "records", "train2017").fingerprint == whole.fingerprint
+
+# --- many
+
+def soak(folder, count):
+    "Writes and reads so many, in this process alone, and prints after each tenth what it took: what, pictures, CPU seconds, megabytes."
+    begun = None
+    def say(what, pictures): print(json.dumps([what, pictures, time.process_time() - begun, int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2 ** 20]), flush=True)
+    import tensorflow as tf
+    from fcos_lite.readers import read_dataset
+    examples = read_dataset(folder / "coco", "train2017")
+    list(tf.data.Dataset.range(9))                              # TensorFlow's own memory is there before anything is counted
+    storage, begun = Storage(image_size=64, shard_pictures=count // 40), time.process_time()
+    write_records(examples, "train2017", folder / "records", storage, workers=1, progress=lambda done, shards, pictures, _: say("written", pictures) if done % 4 == 0 else None)
+    del examples
+    for what in ("read", "streamed"):
+        records = Records(folder / "records", "train2017")
+        batches = RecordBatches(records, 40, shuffle_seed=1) if what == "read" else stream(records, 40, 1)
+        seen, boxes, begun = [], 0, time.process_time()
+        for number, batch in enumerate(map(batches.__getitem__, range(len(batches))) if what == "read" else batches.as_numpy_iterator(), 1):
+            seen += batch["image_id"].tolist()
+            boxes += int((batch["labels"] >= 0).sum())
+            if number % (count // 400) == 0: say(what, len(seen))
+        assert sorted(seen) == list(range(1, count + 1)) and seen != sorted(seen)
+        print(json.dumps(["boxes", boxes]), flush=True)
+
+def withstand(folder, count):
+    "Scenes in so many files, a fortieth of them drawn; memory flat, time linear, counts exact."
+    drawn = list(Scenes(count // 40, seed=2, world=World(size=64, min_height=16, max_people=4, empty_share=0.2)))
+    write_coco(folder / "coco", "train2017", drawn, ("person",))
+    page = folder / "coco/annotations/instances_train2017.json"
+    document = json.loads(page.read_text())
+    for copy in range(1, 40):
+        for scene in drawn: os.link(folder / f"coco/train2017/{scene.image_id:012d}.jpg", folder / f"coco/train2017/{scene.image_id + copy * len(drawn):012d}.jpg")
+    moved = lambda entry, name, copy: {**entry, name: entry[name] + copy * len(drawn)}
+    images = [{**moved(entry, "id", copy), "file_name": f"{entry['id'] + copy * len(drawn):012d}.jpg"} for copy in range(40) for entry in document["images"]]
+    annotations = [{**moved(entry, "image_id", copy), "id": entry["id"] + copy * len(document["annotations"])} for copy in range(40) for entry in document["annotations"]]
+    page.write_text(json.dumps({**document, "images": images, "annotations": annotations}))
+    done = subprocess.run([sys.executable, "-c", f"import sys; sys.path.insert(0, 'tests'); import test_records, pathlib; test_records.soak(pathlib.Path({str(folder)!r}), {count})"],
+                          cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    lines = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("[")]
+    assert [boxes for what, boxes, *_ in lines if what == "boxes"] == [len(annotations)] * 2
+    for what in ("written", "read", "streamed"):
+        pictures, seconds, megabytes = np.array([numbers for name, *numbers in lines if name == what]).T
+        print(f"{what}: {pictures[-1]:,.0f} pictures, {seconds[-1]:.1f} s of a processor, {1e3 * seconds[-1] / count:.2f} ms each; memory after each tenth {megabytes.round().astype(int).tolist()} MB")
+        assert pictures.tolist() == [count // 10 * tenth for tenth in range(1, 11)]
+        assert megabytes[4:].max() < megabytes[:4].max() + 25, "memory grows"
+        assert seconds[-1] - seconds[4] < 1.5 * seconds[4] and seconds[4] < 1.5 * (seconds[-1] - seconds[4]) + 2, "time is not linear"
+
+@pytest.mark.slow
+def test_40_000_scenes_written_and_read(tmp_path): withstand(tmp_path, 40_000)
