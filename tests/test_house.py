@@ -13,9 +13,9 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "fcos_lite"
 FLOORS = [
     {"config"},
-    {"boxes", "schedule", "optimizer", "backbone", "visualize", "memory", "download"},
-    {"images", "fpn", "heads", "targets", "losses", "augment", "figures"},
-    {"checks", "nms", "backdrops", "weights"},
+    {"boxes", "schedule", "optimizer", "backbone", "visualize", "memory", "download", "video"},
+    {"images", "fpn", "heads", "targets", "losses", "augment", "figures", "nms", "camera"},
+    {"checks", "backdrops", "weights", "results", "sources"},
     {"scenes", "formats", "dialects", "batches", "model", "records"},
     {"metrics", "runs", "detect", "packs", "readers", "splits", "finetuning", "shards", "census"},
     {"evaluate", "checkpoints", "tracking", "streams"},
