@@ -112,6 +112,15 @@ def whole_loop(rounds, rehearse):
             print(backend, size, results[backend][str(size)], flush=True)
     return results
 
+def camera(rounds, rehearse):
+    "From camera to screen, in a process of its own: see detect.py."
+    command = [sys.executable, HERE / "detect.py", "--pictures", 3 if rehearse else 2 * rounds, *(["--tiny"] if rehearse else [])]
+    done = subprocess.run([str(word) for word in command], capture_output=True, text=True)
+    if done.returncode: sys.exit(done.stderr)
+    row = json.loads(done.stdout.splitlines()[-1])
+    print("camera", row, flush=True)
+    return row
+
 def machine():
     info = Path("/proc/cpuinfo")
     name = next((line.split(":")[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")), "") if info.exists() else platform.processor()
@@ -131,6 +140,10 @@ def table(results):
     for count, row in results.get("targets", {}).items():
         lines.append(f"| target assignment, share of the step, batch 4, 512², {count} boxes a picture | {row['share_of_step']:.1%} | ≤ 3 % |")
         lines.append(f"| the document's loop over boxes, eager / ours, {count} boxes | {row['document_over_ours']:.1f} × | |")
+    if row := results.get("camera"):
+        lines.append(f"| from camera to screen, {row['image_size']}²: {row['frames_per_second']:.1f} frames a second, {row['latency_ms']:.0f} ms late; latency / the steps one by one | {row['latency_over_work']:.2f} × | |")
+        lines.append(f"| latency of a plain loop, which has the driver's queue of four / ours | {row['plain_latency_ms'] / row['latency_ms']:.1f} × | |")
+        lines.append(f"| of it the network's share; milliseconds: {', '.join(f'{step} {value:.1f}' for step, value in row['milliseconds'].items())} | {row['milliseconds']['network'] / sum(row['milliseconds'].values()):.0%} | |")
     if "group_norm" in results: lines.append(f"| Keras' GroupNormalization / ours, forward and backward | {results['group_norm']['keras_over_ours']:.2f} × | |")
     return "\n".join(lines)
 
@@ -149,7 +162,7 @@ def targets(results, rounds):
         print(count, results["targets"][str(count)], flush=True)
 
 NAMES = {"tensorflow": "TensorFlow", "jax": "JAX"}
-PARTS = ("step", "targets", "norm", "training")
+PARTS = ("step", "targets", "norm", "training", "detect")
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
@@ -157,13 +170,14 @@ def main():
     parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS, help="measure these, and keep what results.json has of the others (default: all)")
     parser.add_argument("--rehearse", action="store_true", help="training on a tiny network, once, to see that it runs; nothing is written")
     a = parser.parse_args()
-    if a.rehearse: return print(table({"training": whole_loop(1, True)}))
+    if a.rehearse: return print(table({"training": whole_loop(1, True)} | {"camera": camera(1, True)}))
     results = json.loads((HERE / "results.json").read_text(encoding="utf-8")) if set(a.only) < set(PARTS) and (HERE / "results.json").exists() else {}
     results["machine"] = machine()
     if "training" in a.only: results["training"] = whole_loop(a.rounds, False)
     if "step" in a.only: steps_and_detection(results, a.rounds)
     if "targets" in a.only: targets(results, a.rounds)
     if "norm" in a.only: results["group_norm"] = group_norm(a.rounds)
+    if "detect" in a.only: results["camera"] = camera(a.rounds, False)
     (HERE / "results.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     m = results["machine"]
     (HERE / "README.md").write_text(f"# Benchmarks\n\n`make bench` measures these again; `python bench/run.py --only training` a part of them. Machine: {m['processor']}, {m['cores']} cores, no GPU; TensorFlow {m['tensorflow']}, Keras {m['keras']}.\n\n"

@@ -83,6 +83,7 @@ def find_sources(
     given, # what people have, as in the table above
 ): # [Source]
     "What is to be looked at; nothing is opened, and raises `InputError` where something is not there, or is nothing of this kind."
+    if isinstance(given, Source): return [given]
     if isinstance(given, (str, Path)): return of_text(given)
     if isinstance(given, np.ndarray): return of_array(given)
     if isinstance(given, Image.Image): return [Source("picture", decode_strictly(given, "this picture"), "picture")]

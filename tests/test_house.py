@@ -15,7 +15,7 @@ FLOORS = [
     {"config"},
     {"boxes", "schedule", "optimizer", "backbone", "visualize", "memory", "download", "video"},
     {"images", "fpn", "heads", "targets", "losses", "augment", "figures", "nms", "camera"},
-    {"checks", "backdrops", "weights", "results", "sources"},
+    {"checks", "backdrops", "weights", "results", "sources", "watch"},
     {"scenes", "formats", "dialects", "batches", "model", "records"},
     {"metrics", "runs", "detect", "packs", "readers", "splits", "finetuning", "shards", "census"},
     {"evaluate", "checkpoints", "tracking", "streams"},
