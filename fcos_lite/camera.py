@@ -9,7 +9,7 @@ __all__ = ['BAD_READS', 'STREAMS', 'NETWORK_WAIT', 'Newest', 'camera_address', '
 import threading
 import time
 import cv2
-from .config import check
+from .config import InputError, check
 from .video import Frame
 
 # %% ../nbs/21d_camera.ipynb #14140fc5
@@ -95,12 +95,12 @@ class Camera:
         wait=5.0,       # seconds without a frame make a lost camera
         tries=5,        # times that a lost camera is opened anew
         pause=1.0,      # seconds before each of them
-        opener=open_camera, # address -> capture; raises InputError
+        opener=None,    # address -> capture, raises InputError; None: open_camera
         say=print,      # called with a line when the camera is lost, and when it is back
     ):
-        self.address, self.name, self.wait, self.tries, self.pause, self.opener, self.say = address, camera_name(address), wait, tries, pause, opener, say
+        self.address, self.name, self.wait, self.tries, self.pause, self.opener, self.say = address, camera_name(address), wait, tries, pause, opener or open_camera, say
         self.closed, self.first, self.before, self.dropped = threading.Event(), None, 0, 0
-        self.newest = Newest(opener(address))
+        self.newest = Newest(self.opener(address))
 
     def __iter__(self): # yields Frame
         failures, last = 0, -1
@@ -123,7 +123,7 @@ class Camera:
         self.newest.stop()
         if self.closed.wait(self.pause): return
         try: capture = self.opener(self.address)
-        except ValueError: return            # InputError: not there yet
+        except InputError: return            # not there yet
         self.before += self.newest.count
         self.newest = Newest(capture)
 

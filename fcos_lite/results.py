@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['DISPLAYS', 'COLUMNS', 'shown_score', 'Result', 'crops', 'save_picture', 'table_rows', 'as_csv', 'image_id_of',
-           'coco_rows', 'as_line', 'to_supervision']
+           'coco_rows', 'plain_boxes', 'as_line', 'to_supervision']
 
 # %% ../nbs/21a_results.ipynb #264a396b
 import csv
@@ -118,12 +118,15 @@ def coco_rows(
     return [{"image_id": int(image_id), "category_id": int(ids[label]), "bbox": [round(float(v), 2) for v in (left, top, right - left, bottom - top)], "score": round(float(score), 5)}
             for (left, top, right, bottom), score, label in zip(result.xyxy, result.score, result.label)]
 
-# %% ../nbs/21a_results.ipynb #d3c8b74c
+# %% ../nbs/21a_results.ipynb #b908d9d2
+def plain_boxes(detections): # [{"class", "score", "xyxy"}], numbers that json can write
+    "What was found, as plain values."
+    return [{"class": name, "score": round(float(score), 4), "xyxy": [round(float(side), 1) for side in box]} for name, score, box in zip(detections.names(), detections.score, detections.xyxy)]
+
 def as_line(result): # str without a line's end
     "One result as a line of JSON."
-    boxes = [{"class": name, "score": round(float(score), 4), "xyxy": [round(float(side), 1) for side in box]} for name, score, box in zip(result.names(), result.score, result.xyxy)]
     when = {} if result.time is None else {"time": round(float(result.time), 4)}
-    return json.dumps({"name": result.name, "frame": result.index, **when, "detections": boxes}, ensure_ascii=False)
+    return json.dumps({"name": result.name, "frame": result.index, **when, "detections": plain_boxes(result)}, ensure_ascii=False)
 
 # %% ../nbs/21a_results.ipynb #443a8857
 def to_supervision(result): # supervision.Detections

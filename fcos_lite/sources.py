@@ -155,12 +155,15 @@ def fetch_video(response, name, suffix): # Path
             raise
     return Path(file.name)
 
-# %% ../nbs/21b_sources.ipynb #e56e7c82
-def open_source(source): # yields Frame
+# %% ../nbs/21b_sources.ipynb #2f06830d
+def open_source(source, say): # yields Frame
     "The frames of one source; raises `InputError` where it cannot be read."
     if source.kind == "camera":
-        with Camera(source.value) as camera: yield from camera
-    elif source.kind == "video": yield from Video(source.value)
+        with Camera(source.value, say=say or print) as camera: yield from camera
+    elif source.kind == "video":
+        video = Video(source.value)
+        yield from video
+        if say and video.lost: say(f"{source.name}: {video.lost} of {video.count} frames are damaged, and were left out")
     else:
         started = time.perf_counter()
         image = source.value if isinstance(source.value, np.ndarray) else read_image(source.value) if source.kind == "picture" else fetch(source.value)
@@ -178,7 +181,7 @@ def frames_of(
 ): # yields Frame
     "The frames of all sources, one source after the other, one frame at a time."
     for source in sources:
-        try: yield from open_source(source)
+        try: yield from open_source(source, say)
         except InputError as error:
             if say is None or source.kind == "camera": raise
             say(f"skipped: {error}")

@@ -124,8 +124,10 @@ def watch(
 ): # Watched
     "Draw results as they come, into a window and a record, until one of them ends."
     watched, meter, end = Watched(), Meter(clock=clock), None if seconds is None else clock() + seconds
-    with contextlib.closing(iter(results)) if hasattr(results, "close") else contextlib.nullcontext(results) as coming:
-        for result in coming:
+    with contextlib.ExitStack() as stack:
+        if hasattr(results, "close"): stack.callback(results.close)
+        stack.enter_context(contextlib.suppress(KeyboardInterrupt))       # Ctrl-C, or a notebook's stop button: one more way to have seen enough
+        for result in results:
             drawing = clock()
             picture = result.draw()
             drawn = clock()
