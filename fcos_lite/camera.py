@@ -27,18 +27,18 @@ class Newest:
     def read_on(self):
         "Read until told to stop, or until nothing comes."
         bad = 0
-        while not self.over and bad < BAD_READS:
-            started = time.perf_counter()
-            try: good, image = self.capture.read()
-            except cv2.error: good, image = False, None
-            if good and image is not None and image.size: bad = self.put(image, started)
-            else:
-                bad += 1
-                time.sleep(0.005)
-        with self.news:
-            self.over = True
-            self.news.notify_all()
-        self.capture.release()
+        try:
+            while not self.over and bad < BAD_READS:
+                started = time.perf_counter()
+                try: good, image = self.capture.read()
+                except cv2.error: good, image = False, None
+                if good and image is not None and image.size: bad = self.put(image, started)
+                else:
+                    bad += 1
+                    time.sleep(0.005)
+        finally:               # whatever ended it: nobody is to wait for it, and the camera is let go
+            self.stop()
+            self.capture.release()
 
     def put(self, image, started): # 0: how many bad reads there are in a row now
         now = time.perf_counter()

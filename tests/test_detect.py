@@ -12,6 +12,7 @@ import tracemalloc
 import zipfile
 from dataclasses import asdict, replace
 from pathlib import Path
+from unittest import mock
 import h5py
 import numpy as np
 import pytest
@@ -61,7 +62,10 @@ def run(model, tmp_path_factory):
     (path / "config.json").write_text(json.dumps({"network": asdict(TINY), "recipe": asdict(SCRATCH_RECIPE)}))
     return path
 
-def command(run, *words): return detect.main([*map(str, words), "--weights", str(run)])
+def command(model, *words):
+    "The command with a detector that is there already, or, by its folder, one that is loaded."
+    if isinstance(model, Path): return detect.main([*map(str, words), "--weights", str(model)])
+    with mock.patch.object(detect.FCOS, "from_preset", lambda name: model): return detect.main([str(word) for word in words])
 
 def test_one_picture_has_one_answer_whichever_way_it_comes_in(model, scene, folder, site):
     expected = model.detect(scene, ALL)
@@ -122,35 +126,35 @@ def test_the_command_writes_what_the_stream_gives(model, run, folder, tmp_path, 
     assert len(images) == len(results) and {row["image_id"] for row in coco} <= {image["id"] for image in images}
     assert f"{boxes} found in 4 of 4 sources" in capsys.readouterr().out
 
-def test_pictures_named_as_coco_names_them_keep_their_ids(run, scene, tmp_path):
+def test_pictures_named_as_coco_names_them_keep_their_ids(model, scene, tmp_path):
     for number in (139, 285): save_picture(tmp_path / f"{number:012d}.png", scene)
-    command(run, tmp_path, "--out", tmp_path / "out", "--score", "0", "--also", "coco")
+    command(model, tmp_path, "--out", tmp_path / "out", "--score", "0", "--also", "coco")
     assert [image["id"] for image in json.loads((tmp_path / "out" / "coco_images.json").read_text())] == [139, 285]
 
-def test_what_cannot_be_read_is_said_and_the_rest_goes_on(run, folder, tmp_path, capsys):
+def test_what_cannot_be_read_is_said_and_the_rest_goes_on(model, folder, tmp_path, capsys):
     (folder / "b.png").write_bytes(b"\x89PNG and nothing else")
     (folder / "film.avi").write_bytes(b"RIFF")
     (folder / "page.jpg").write_text("<html>no picture</html>")
-    command(run, folder, "--out", tmp_path / "out")
+    command(model, folder, "--out", tmp_path / "out")
     said = capsys.readouterr().out
     for name in ("b.png: not a picture", "film.avi: not a video", "page.jpg: not a picture"): assert f"skipped: {folder}/{name}" in said
     assert "in 2 of 5 sources" in said
 
-def test_a_film_with_damaged_frames_says_how_many(run, folder, tmp_path, capsys):
+def test_a_film_with_damaged_frames_says_how_many(model, folder, tmp_path, capsys):
     data = bytearray((folder / "film.avi").read_bytes())
     second = data.index(b"\xff\xd8", data.index(b"\xff\xd8") + 2)
     data[second:second + 200] = bytes(200)
     (folder / "film.avi").write_bytes(data)
-    command(run, folder / "film.avi", "--out", tmp_path / "out")
+    command(model, folder / "film.avi", "--out", tmp_path / "out")
     assert "film.avi: 1 of 5 frames are damaged, and were left out" in capsys.readouterr().out
     assert Video(tmp_path / "out" / "film.mp4").count == 5            # the film keeps its pace: the picture before stands in
 
-def test_nothing_to_go_on_with_is_refused(run, folder, site, tmp_path):
+def test_nothing_to_go_on_with_is_refused(model, folder, site, tmp_path):
     (folder / "none.png").touch()
     for word, why in ((folder / "none.png", "none of the pictures"), ("http://127.0.0.1:1/a.png", "none of the pictures"), (f"{site}/", "none of the pictures"),
                       ("nothing://here", "cannot be read"), (folder / "x.png", "no such file"), (f"{folder}/*.gif", "no picture and no video")):
-        with pytest.raises(InputError, match=why): command(run, word, "--out", tmp_path / "out", "--force")
-    with pytest.raises(InputError, match="exists already"): command(run, folder, "--out", tmp_path / "out")
+        with pytest.raises(InputError, match=why): command(model, word, "--out", tmp_path / "out", "--force")
+    with pytest.raises(InputError, match="exists already"): command(model, folder, "--out", tmp_path / "out")
 
 def test_a_long_film_holds_no_more_than_a_short_one(model, scene, tmp_path):
     def most(count):
