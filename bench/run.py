@@ -124,6 +124,12 @@ def data(rounds, rehearse):
         print("data", size, results[str(size)], flush=True)
     return results
 
+def camera(rounds, rehearse):
+    "From camera to screen, in a process of its own: see detect.py."
+    row = in_a_process("detect.py", "tensorflow", "--pictures", 3 if rehearse else 2 * rounds, *(["--tiny"] if rehearse else []))
+    print("camera", row, flush=True)
+    return row
+
 def machine():
     info = Path("/proc/cpuinfo")
     name = next((line.split(":")[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")), "") if info.exists() else platform.processor()
@@ -150,6 +156,10 @@ def table(results):
         for name, words in (("stream", "by `tf.data`"), ("plain", "without TensorFlow, one thread")):
             lines.append(f"| time to make a batch of 4 out of our records, {words} / time of the training step, {size}² | {row['share_of_step'][name]:.1%} | ≤ 10 % |")
         lines.append(f"| records written a second, one process: ours (JPEG) / the document's (PNG), {size}² | {row['write_over_document']:.2f} × | |")
+    if row := results.get("camera"):
+        lines.append(f"| from camera to screen, {row['image_size']}²: {row['frames_per_second']:.1f} frames a second, {row['latency_ms']:.0f} ms late; latency / the steps one by one | {row['latency_over_work']:.2f} × | |")
+        lines.append(f"| latency of a plain loop, which has the driver's queue of four / ours | {row['plain_latency_ms'] / row['latency_ms']:.1f} × | |")
+        lines.append(f"| of it the network's share; milliseconds: {', '.join(f'{step} {value:.1f}' for step, value in row['milliseconds'].items())} | {row['milliseconds']['network'] / sum(row['milliseconds'].values()):.0%} | |")
     if "group_norm" in results: lines.append(f"| Keras' GroupNormalization / ours, forward and backward | {results['group_norm']['keras_over_ours']:.2f} × | |")
     return "\n".join(lines)
 
@@ -168,15 +178,15 @@ def targets(results, rounds):
         print(count, results["targets"][str(count)], flush=True)
 
 NAMES = {"tensorflow": "TensorFlow", "jax": "JAX"}
-PARTS = ("step", "targets", "norm", "training", "data")
+PARTS = ("step", "targets", "norm", "training", "data", "detect")
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=15, help="times that each pair is measured (default: %(default)s)")
     parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS, help="measure these, and keep what results.json has of the others (default: all)")
-    parser.add_argument("--rehearse", action="store_true", help="training and data on a tiny network, once, to see that they run; nothing is written")
+    parser.add_argument("--rehearse", action="store_true", help="training, data and detect on a tiny network, once, to see that they run; nothing is written")
     a = parser.parse_args()
-    if a.rehearse: return print(table({name: measured(1, True) for name, measured in (("training", whole_loop), ("data", data)) if name in a.only}))
+    if a.rehearse: return print(table({key: measured(1, True) for name, key, measured in (("training", "training", whole_loop), ("data", "data", data), ("detect", "camera", camera)) if name in a.only}))
     results = json.loads((HERE / "results.json").read_text(encoding="utf-8")) if set(a.only) < set(PARTS) and (HERE / "results.json").exists() else {}
     results["machine"] = machine()
     if "training" in a.only: results["training"] = whole_loop(a.rounds, False)
@@ -184,6 +194,7 @@ def main():
     if "step" in a.only: steps_and_detection(results, a.rounds)
     if "targets" in a.only: targets(results, a.rounds)
     if "norm" in a.only: results["group_norm"] = group_norm(a.rounds)
+    if "detect" in a.only: results["camera"] = camera(a.rounds, False)
     (HERE / "results.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     m = results["machine"]
     (HERE / "README.md").write_text(f"# Benchmarks\n\n`make bench` measures these again; `python bench/run.py --only training` a part of them. Machine: {m['processor']}, {m['cores']} cores, no GPU; TensorFlow {m['tensorflow']}, Keras {m['keras']}.\n\n"

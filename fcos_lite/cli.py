@@ -14,7 +14,7 @@ from .config import run_command
 COMMANDS = {"demo": "learn, measure and look, in ten minutes and without data",
             "train": "train a detector, on drawn scenes or on your photographs",
             "evaluate": "measure one",
-            "detect": "find people in pictures and folders",
+            "detect": "find people in pictures, folders, films and cameras",
             "data": "look into a folder of pictures; write it as records, and check them",
             "tracking": "plot a run, or compare several",
             "packs": "cut photographs into pieces that can be carried"}

@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['SOURCE', 'CHOICES', 'SOURCE_RECIPE', 'CURRICULUM', 'SCRATCH_RECIPE', 'LONG_RECIPE', 'SOURCE_EVALUATION',
-           'SOURCE_CAMERA', 'COCO_EVALUATION', 'NETWORKS', 'RECIPES', 'InputError', 'check', 'Network', 'check_network',
-           'Stage', 'check_stage', 'check_stages', 'read_word', 'stage_of', 'Recipe', 'check_recipe', 'Thresholds',
-           'field_comments', 'optional', 'flag_options', 'add_flags', 'with_flags', 'run_command']
+           'SOURCE_CAMERA', 'COCO_EVALUATION', 'NETWORKS', 'RECIPES', 'THRESHOLDS', 'InputError', 'check', 'Network',
+           'check_network', 'Stage', 'check_stage', 'check_stages', 'read_word', 'stage_of', 'Recipe', 'check_recipe',
+           'Thresholds', 'thresholds_of', 'field_comments', 'optional', 'flag_options', 'add_flags', 'with_flags',
+           'run_command']
 
 # %% ../nbs/00_config.ipynb #526e43c6
 import argparse
@@ -238,6 +239,13 @@ COCO_EVALUATION = Thresholds(iou=0.6, score=0.001)
 # %% ../nbs/00_config.ipynb #77526502
 NETWORKS = {"source": SOURCE}
 RECIPES = {"source": SOURCE_RECIPE, "scratch": SCRATCH_RECIPE, "long": LONG_RECIPE}
+THRESHOLDS = {"camera": SOURCE_CAMERA, "evaluation": SOURCE_EVALUATION, "coco": COCO_EVALUATION}
+
+def thresholds_of(value): # Thresholds, or a name of them -> Thresholds
+    "The thresholds that are meant; raises `InputError` for a name that there is not."
+    if isinstance(value, Thresholds): return value
+    check(value in THRESHOLDS, f"thresholds {value!r}: choose one of {', '.join(THRESHOLDS)}, or give a Thresholds")
+    return THRESHOLDS[value]
 
 # %% ../nbs/00_config.ipynb #9201135a
 def field_comments(

@@ -13,13 +13,13 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "fcos_lite"
 FLOORS = [
     {"config"},
-    {"boxes", "schedule", "optimizer", "backbone", "visualize", "memory", "download"},
+    {"boxes", "schedule", "optimizer", "backbone", "visualize", "memory", "download", "video"},
     {"backbones"},
-    {"images", "fpn", "heads", "targets", "losses", "augment", "figures"},
-    {"checks", "nms", "backdrops", "weights"},
+    {"images", "fpn", "heads", "targets", "losses", "augment", "figures", "nms", "camera"},
+    {"checks", "backdrops", "weights", "results", "sources", "watch"},
     {"scenes", "formats", "dialects", "batches", "model", "records"},
-    {"metrics", "runs", "detect", "packs", "readers", "splits", "finetuning", "shards", "census"},
-    {"evaluate", "checkpoints", "tracking", "streams"},
+    {"metrics", "runs", "packs", "readers", "splits", "finetuning", "shards", "census"},
+    {"detect", "evaluate", "checkpoints", "tracking", "streams"},
     {"training", "team", "data"},
     {"reports", "guards", "curriculum", "processes"},
     {"train"},
