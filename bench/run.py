@@ -112,6 +112,18 @@ def whole_loop(rounds, rehearse):
             print(backend, size, results[backend][str(size)], flush=True)
     return results
 
+def exports(rounds, rehearse):
+    "Every exported format against `detect`, its start to the first box, its memory: see export.py. Each size and batch in a process of its own."
+    results = {}
+    for size in (64,) if rehearse else (256, 320, 512):
+        for batch_size in (1,) if rehearse else (1, 8):
+            command = [sys.executable, HERE / "export.py", "--image-size", size, "--batch-size", batch_size, "--rounds", 1 if rehearse else rounds, *(["--tiny"] if rehearse else [])]
+            done = subprocess.run([str(word) for word in command], env={**os.environ, "KERAS_BACKEND": "tensorflow"}, capture_output=True, text=True)
+            if done.returncode: sys.exit(done.stderr)
+            results.setdefault(str(size), {})[str(batch_size)] = json.loads(done.stdout.splitlines()[-1])
+            print(size, batch_size, results[str(size)][str(batch_size)], flush=True)
+    return results
+
 def machine():
     info = Path("/proc/cpuinfo")
     name = next((line.split(":")[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")), "") if info.exists() else platform.processor()
@@ -132,6 +144,12 @@ def table(results):
         lines.append(f"| target assignment, share of the step, batch 4, 512², {count} boxes a picture | {row['share_of_step']:.1%} | ≤ 3 % |")
         lines.append(f"| the document's loop over boxes, eager / ours, {count} boxes | {row['document_over_ours']:.1f} × | |")
     if "group_norm" in results: lines.append(f"| Keras' GroupNormalization / ours, forward and backward | {results['group_norm']['keras_over_ours']:.2f} × | |")
+    for size, batches in results.get("export", {}).items():
+        for batch_size, row in batches.items():
+            for threads, kinds in row["threads"].items():
+                lines += [f"| `detect` / {kind}, {size}², batch {batch_size}, {threads} thread{'s' * (threads != '1')} | {value['faster']:.2f} × | |" for kind, value in kinds.items() if kind != "keras"]
+            for kind, value in row.get("cold", {}).items():
+                lines.append(f"| start to first box, {kind}, {size}²; peak memory {value['peak_mb']:.0f} MB | {value['seconds']:.1f} s | {'≤ 4 s' if kind.startswith('litert') else ''} |")
     return "\n".join(lines)
 
 def steps_and_detection(results, rounds):
@@ -149,20 +167,21 @@ def targets(results, rounds):
         print(count, results["targets"][str(count)], flush=True)
 
 NAMES = {"tensorflow": "TensorFlow", "jax": "JAX"}
-PARTS = ("step", "targets", "norm", "training")
+PARTS = ("step", "targets", "norm", "training", "export")
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=15, help="times that each pair is measured (default: %(default)s)")
     parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS, help="measure these, and keep what results.json has of the others (default: all)")
-    parser.add_argument("--rehearse", action="store_true", help="training on a tiny network, once, to see that it runs; nothing is written")
+    parser.add_argument("--rehearse", action="store_true", help="training and exports of a tiny network, once, to see that they run; nothing is written")
     a = parser.parse_args()
-    if a.rehearse: return print(table({"training": whole_loop(1, True)}))
+    if a.rehearse: return print(table({name: rehearse(1, True) for name, rehearse in (("training", whole_loop), ("export", exports)) if name in a.only}))
     results = json.loads((HERE / "results.json").read_text(encoding="utf-8")) if set(a.only) < set(PARTS) and (HERE / "results.json").exists() else {}
     results["machine"] = machine()
     if "training" in a.only: results["training"] = whole_loop(a.rounds, False)
     if "step" in a.only: steps_and_detection(results, a.rounds)
     if "targets" in a.only: targets(results, a.rounds)
+    if "export" in a.only: results["export"] = exports(a.rounds, False)
     if "norm" in a.only: results["group_norm"] = group_norm(a.rounds)
     (HERE / "results.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     m = results["machine"]
