@@ -17,17 +17,18 @@ ROOT = Path(__file__).resolve().parents[1]
 SIZE = 64
 TINY = Network(image_size=SIZE, stem_filters=8, stem_groups=2, backbone_filters=(8, 8, 8, 8), backbone_blocks=(1, 1, 1, 1), backbone_groups=4, pyramid_channels=16, pyramid_groups=4,
                strides=(4, 8), tower_depth=1, tower_channels=16, tower_groups=4, class_names=("person", "dog"), ltrb_bias=0.0, scale_start=1.0)
-LIMITS = replace(SOURCE_CAMERA, candidates=150)
+LIMITS = replace(SOURCE_CAMERA, score=0.25, candidates=100)
 
 @pytest.fixture(scope="module")
 def model():
     "A network that never learned, but is opinionated: its scores lie far apart, so that an order and a threshold mean something."
-    import keras
+    from fcos_lite.backbone import draw_kernels
     from fcos_lite.model import FCOS
-    rng, model = np.random.default_rng(0), FCOS(TINY)
-    for part in (model.heads.classes, model.heads.centers):
-        part.kernel.assign(rng.normal(0, 0.6, part.kernel.shape))
-        part.bias.assign(keras.ops.zeros_like(part.bias))
+    model = FCOS(TINY)
+    h = model.heads
+    draw_kernels([*model.fpn.layers, *h.cls_tower.layers, *h.reg_tower.layers, h.classes, h.distances, h.centers], 0)     # the same in every run
+    for part in (h.classes, h.distances, h.centers): part.kernel.assign(20 * part.kernel)
+    for part in (h.classes, h.centers): part.bias.assign(np.full(part.bias.shape, -0.5))
     return model
 
 @pytest.fixture(scope="module")
@@ -41,7 +42,7 @@ def written(model, squares, tmp_path_factory):
     def write(format, precision="float32"):
         if (format, precision) in done: return done[format, precision]
         folder = root / f"{format}-{precision}"
-        if precision == "float32": done[format, precision] = *export(model, folder, format, thresholds=LIMITS, rows=20), folder
+        if precision == "float32": done[format, precision] = *export(model, folder, format, thresholds=LIMITS, rows=30), folder
         else:
             from fcos_lite import graphs
             _, boxes, exact = write(format)
@@ -67,13 +68,21 @@ def test_float32_says_what_keras_says(format, written, squares):
     apart = compare(exported, boxes, squares)
     assert apart["boxes"] < 0.5 and apart["scores"] < 1e-3 and apart["alone"] == 0, apart
 
-@pytest.mark.parametrize("format, precision, scores, alone", [("litert", "float16", 0.01, 0.21), ("litert", "int8", 0.3, 0.5), ("onnx", "int8", 0.3, 0.5)])
-def test_smaller_numbers_say_nearly_the_same(format, precision, scores, alone, written, squares):
-    "An untrained network is a hard case: nothing taught it to be sure. What AP a trained one loses is measured below, and in bench/."
+def best_found_again(boxes, exported, squares, near=4.0):
+    "The share of the pictures whose best box by Keras is also in the export's table."
+    hits = []
+    for square in squares:
+        ours, theirs = boxes.predict_on_batch(square[None]), exported(square[None])
+        if int(ours["count"][0]): hits.append(bool((np.abs(theirs["boxes"][0, :theirs["count"][0]] - np.array(ours["boxes"])[0, 0]).max(-1) < near).any()))
+    return np.mean(hits)
+
+@pytest.mark.parametrize("format, precision, scores, share", [("litert", "float16", 0.005, 0.98), ("litert", "int8", 0.05, 0.8), ("onnx", "int8", 0.05, 0.8)])
+def test_smaller_numbers_say_nearly_the_same(format, precision, scores, share, written, squares):
+    "An untrained network is a hard case: nothing taught it to be sure. What AP a trained one loses is measured below."
     pytest.importorskip(package(format))
     (exported, boxes, folder), (*_, exact) = written(format, precision), written(format)
-    apart = compare(exported, boxes, squares)
-    assert 0 < apart["scores"] < scores and apart["alone"] < alone, apart
+    apart, again = compare(exported, boxes, squares), best_found_again(boxes, exported, squares)
+    assert 0 < apart["scores"] < scores and again >= share, (apart, again)
     if format == "litert": assert (folder / "model.tflite").stat().st_size < (exact / "model.tflite").stat().st_size
 
 def test_int8_has_integer_convolutions_and_exact_answers(written):
@@ -117,7 +126,7 @@ def test_the_page_says_what_the_graph_takes_and_gives(written, squares):
     assert (page["image_size"], page["class_names"], page["thresholds"]["iou"]) == (SIZE, ["person", "dog"], 0.3)
     found = exported(squares[:1])
     assert {name: list(value.shape) for name, value in found.items()} == {name: output["shape"] for name, output in page["outputs"].items()}
-    assert {name: value.dtype.name for name, value in found.items()} == {name: output["holds"].split(",")[0] for name, output in page["outputs"].items()}
+    assert {name: value.dtype.name for name, value in found.items()} == {name: output["holds"].split()[0].rstrip(",") for name, output in page["outputs"].items()}
 
 def copied(folder, target):
     target.mkdir()
