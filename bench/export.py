@@ -38,11 +38,13 @@ def detector(size, tiny):
 
 def write_all(folder, size, batch_size, tiny):
     "Every kind of export, each in a folder of its own."
-    from fcos_lite.export import export, representative
+    from fcos_lite.export import export, representative, shrink
     model, weights = detector(size, tiny)
     squares = representative(None, model.network, 8 if tiny else 32, seed=1)
     with contextlib.redirect_stdout(sys.stderr):
-        for format, precision in KINDS: export(model, folder / f"{format}-{precision}", format, precision, batch_size=batch_size, squares=squares, weights=weights)
+        for format, precision in KINDS:
+            if precision == "float32": export(model, folder / f"{format}-float32", format, batch_size=batch_size, weights=weights)
+            else: shrink(folder / f"{format}-float32", folder / f"{format}-{precision}", precision, squares)
 
 def to_boxes(exported, pictures):
     "What `detect` does, with an exported graph in Keras' place."

@@ -5,9 +5,10 @@
 # %% auto #0
 __all__ = ['FORMATS', 'FILES', 'RUNTIMES', 'WRITERS', 'PAGE', 'PREPARATION', 'OPEN', 'EPILOG', 'check_format', 'check_packages',
            'digest', 'page_for', 'read_page', 'open_litert', 'open_onnx', 'open_saved_model', 'Exported', 'difference',
-           'representative', 'write_graph', 'export', 'load_at', 'compare', 'parser', 'check_out', 'main']
+           'representative', 'write_folder', 'export', 'check_squares', 'shrink', 'load_at', 'compare', 'parser',
+           'check_out', 'main']
 
-# %% ../nbs/23a_export.ipynb #f0d21006
+# %% ../nbs/23a_export.ipynb #304a0720
 import argparse
 import hashlib
 import importlib.metadata
@@ -15,6 +16,7 @@ import importlib.util
 import json
 import os
 import shutil
+import tempfile
 from dataclasses import asdict, replace
 from pathlib import Path
 import numpy as np
@@ -42,7 +44,7 @@ def check_packages(
     missing = [name for name in names if importlib.util.find_spec(name) is None]
     check(not missing, f"{', '.join(missing)}: not installed; get all that exporting needs with: pip install \"fcos_lite[export]\"")
 
-# %% ../nbs/23a_export.ipynb #3f947395
+# %% ../nbs/23a_export.ipynb #0e650f4d
 PREPARATION = ("Scale the picture by image_size / its longer side, keeping its shape; put it in the middle of a square of image_size filled with pad_value (left = (image_size - width) // 2, top = (image_size - height) // 2). "
                "RGB, rows first, uint8 from 0 to 255; no mean, no division: they are in the graph. A box's way back: subtract (left, top, left, top), divide by the scale.")
 
@@ -60,7 +62,6 @@ def page_for(
     format, precision, batch_size, rows,
     thresholds, # config.Thresholds
     weights=None, # path of the file that the arrays came from
-    squares=0,  # how many representative pictures there were
 ): # plain values, for JSON
     "All that someone needs who has the graph and nothing else."
     table = {"boxes": [batch_size, rows, 4], "scores": [batch_size, rows], "labels": [batch_size, rows], "count": [batch_size]}
@@ -74,7 +75,7 @@ def page_for(
     return {"format": format, "precision": precision, "file": FILES[format], "image_size": network.image_size, "batch_size": batch_size, "class_names": list(network.class_names),
             "input": {"name": "image", "shape": [batch_size, network.image_size, network.image_size, 3], "type": "uint8"},
             "outputs": {name: {"shape": shape, "holds": says[name]} for name, shape in table.items()}, "rows": rows, "thresholds": asdict(thresholds) if rows else None,
-            "preparation": PREPARATION, "pad_value": network.pad_value, "representative_pictures": squares,
+            "preparation": PREPARATION, "pad_value": network.pad_value, "representative_pictures": 0,
             "weights": weights and {"file": Path(weights).name, "sha256": digest(Path(weights))}, "made_with": {"fcos_lite": fcos_lite.__version__, **versions}}
 
 # %% ../nbs/23a_export.ipynb #3b655d4e
@@ -185,25 +186,24 @@ def representative(
         images = [scene.read() for scene in Scenes(count, seed, World(size=network.image_size))]
     return np.stack([Letterbox.fit(image.shape[1], image.shape[0], network.image_size).apply(image, network.pad_value) for image in images])
 
-# %% ../nbs/23a_export.ipynb #b4b94c41
-def write_graph(
-    model,  # model.FCOS
-    folder, # that is there
-    format, precision, thresholds, rows, batch_size,
-    squares, # (N, S, S, 3) uint8, for int8
-): # graphs.Boxes, what was written
-    "The graph of a detector as a file, or for a SavedModel as a folder."
-    from fcos_lite import graphs
-    boxes, target = graphs.Boxes(model, thresholds, rows), folder / FILES[format]
-    write = {"saved_model": graphs.write_saved_model, "litert": graphs.write_litert, "onnx": graphs.write_onnx}[format]
-    exact = target if precision == "float32" else target.with_stem("float32")
-    write(graphs.trace(boxes, batch_size), exact)
-    if precision == "float16": graphs.halve(exact, target)
-    if precision == "int8": {"litert": graphs.quantize, "onnx": graphs.quantize_onnx}[format](exact, target, squares, batch_size)
-    if exact != target: exact.unlink()
-    return boxes
+# %% ../nbs/23a_export.ipynb #3bc7547d
+def write_folder(
+    out,   # a folder that is not there yet
+    page,  # as `page_for`
+    write, # called with the path that the graph is to have
+): # Exported
+    "A graph and its page, sealed; the folder appears whole or not at all."
+    out = Path(out)
+    check(not out.exists(), f"{out}: exists already; choose another name")
+    aside = out.with_name(f".{out.name}.partial")
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir(parents=True)
+    write(aside / page["file"])
+    (aside / PAGE).write_text(json.dumps({**page, "sha256": digest(aside / page["file"])}, indent=1) + "\n", encoding="utf-8")
+    os.replace(aside, out)
+    return Exported(out)
 
-# %% ../nbs/23a_export.ipynb #aa8da3b2
+# %% ../nbs/23a_export.ipynb #794e9c60
 def export(
     model, # model.FCOS
     out,   # a folder that is not there yet
@@ -214,24 +214,46 @@ def export(
     batch_size=1,
     squares=None, # (N, S, S, 3) uint8: pictures like those that it will see, for int8
     weights=None, # path of the file that the arrays came from, for the page
-): # (Exported, Boxes): what was written, opened again, and what it was written from
-    "Write a detector as a folder that works without Keras; the folder appears whole or not at all."
+): # (Exported, graphs.Boxes): what was written, opened again, and what it was written from
+    "Write a detector as a folder that works without Keras."
     check_format(format, precision)
     check_packages([RUNTIMES[format], *WRITERS[format]])
     check(rows >= 0 and batch_size >= 1, f"rows {rows}, batch_size {batch_size}: rows must not be negative, and a batch has at least 1 picture")
-    check(precision != "int8" or squares is not None and len(squares), "int8 needs representative pictures, as `squares`: by them it learns how large the numbers in the network become")
-    out = Path(out)
-    check(not out.exists(), f"{out}: exists already; choose another name")
-    aside = out.with_name(f".{out.name}.partial")
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir(parents=True)
-    boxes = write_graph(model, aside, format, precision, thresholds, rows, batch_size, squares)
-    page = page_for(model.network, format, precision, batch_size, rows, thresholds, weights, len(squares) if precision == "int8" else 0)
-    (aside / PAGE).write_text(json.dumps({**page, "sha256": digest(aside / FILES[format])}, indent=1) + "\n", encoding="utf-8")
-    os.replace(aside, out)
-    return Exported(out), boxes
+    check_squares(precision, squares)
+    check(not Path(out).exists(), f"{out}: exists already; choose another name")
+    if precision != "float32":
+        with tempfile.TemporaryDirectory() as folder:
+            _, boxes = export(model, Path(folder) / "float32", format, "float32", thresholds, rows, batch_size, weights=weights)
+            return shrink(Path(folder) / "float32", out, precision, squares), boxes
+    from fcos_lite import graphs
+    boxes = graphs.Boxes(model, thresholds, rows)
+    write = {"saved_model": graphs.write_saved_model, "litert": graphs.write_litert, "onnx": graphs.write_onnx}[format]
+    page = page_for(model.network, format, precision, batch_size, rows, thresholds, weights)
+    return write_folder(out, page, lambda target: write(graphs.trace(boxes, batch_size), target)), boxes
 
-# %% ../nbs/23a_export.ipynb #566b7143
+# %% ../nbs/23a_export.ipynb #4b4e3779
+def check_squares(precision, squares):
+    "Refuse int8 without pictures."
+    check(precision != "int8" or squares is not None and len(squares), "int8 needs representative pictures, as `squares`: by them it learns how large the numbers in the network become")
+
+def shrink(
+    folder,    # of a float32 export
+    out,       # a folder that is not there yet
+    precision, # float16 or int8
+    squares=None, # (N, S, S, 3) uint8: pictures like those that it will see, for int8
+): # Exported
+    "A float32 export with smaller numbers."
+    from fcos_lite import graphs
+    page = read_page(folder)
+    check_format(page["format"], precision)
+    check(page["precision"] == "float32" != precision, f"{folder}: {page['precision']}, to become {precision}; only float32 can become smaller")
+    check_squares(precision, squares)
+    source, count = Path(folder) / page["file"], page["batch_size"]
+    make = {"float16": lambda target: graphs.halve(source, target),
+            "int8": lambda target: {"litert": graphs.quantize, "onnx": graphs.quantize_onnx}[page["format"]](source, target, squares, count)}[precision]
+    return write_folder(out, {**page, "precision": precision, "representative_pictures": len(squares) if precision == "int8" else 0}, make)
+
+# %% ../nbs/23a_export.ipynb #9abc809f
 def load_at(
     name, # as weights.find_weights takes it
     image_size=None, # pixels; none: that of the weights
@@ -251,6 +273,7 @@ def compare(
     exported, # Exported, with a table of boxes
     boxes,    # graphs.Boxes, that it was written from
     squares,  # (N, S, S, 3) uint8
+    near=4.0, # pixels, as for `difference`
 ): # as `difference`
     "An exported detector against Keras."
     from fcos_lite.model import fill
@@ -258,7 +281,7 @@ def compare(
     for i in range(0, len(squares), count):
         batch = fill(squares[i:i + count], count)
         keras_says = {name: np.array(value) for name, value in boxes.predict_on_batch(batch).items()}
-        for name, value in difference(exported(batch), keras_says).items(): worst[name] = max(worst.get(name, 0.0), value)
+        for name, value in difference(exported(batch), keras_says, near).items(): worst[name] = max(worst.get(name, 0.0), value)
     return worst
 
 # %% ../nbs/23a_export.ipynb #5791cfb0

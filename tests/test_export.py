@@ -9,7 +9,7 @@ import cv2
 import numpy as np
 import pytest
 from fcos_lite.config import COCO_EVALUATION, SOURCE_CAMERA, InputError, Network
-from fcos_lite.export import FILES, FORMATS, PAGE, Exported, check_out, compare, difference, digest, export, load_at, main, read_page, representative
+from fcos_lite.export import FORMATS, PAGE, Exported, check_out, compare, difference, export, load_at, main, read_page, representative, shrink
 from fcos_lite.images import Letterbox
 from fcos_lite.scenes import Scenes, World
 
@@ -37,22 +37,15 @@ def squares():
 
 @pytest.fixture(scope="module")
 def written(model, squares, tmp_path_factory):
-    "A function that exports the network once a format, and makes the smaller ones of it as the command does."
+    "A function that exports the network once a format, and makes the smaller ones of it."
     done, root = {}, tmp_path_factory.mktemp("exports")
     def write(format, precision="float32"):
         if (format, precision) in done: return done[format, precision]
         folder = root / f"{format}-{precision}"
         if precision == "float32": done[format, precision] = *export(model, folder, format, thresholds=LIMITS, rows=30), folder
         else:
-            from fcos_lite import graphs
             _, boxes, exact = write(format)
-            folder.mkdir()
-            source, target = exact / FILES[format], folder / FILES[format]
-            if precision == "float16": graphs.halve(source, target)
-            elif format == "litert": graphs.quantize(source, target, squares[:16])
-            else: graphs.quantize_onnx(source, target, squares[:16])
-            (folder / PAGE).write_text(json.dumps({**read_page(exact), "precision": precision, "sha256": digest(target)}))
-            done[format, precision] = Exported(folder), boxes, folder
+            done[format, precision] = shrink(exact, folder, precision, squares[:16]), boxes, folder
         return done[format, precision]
     return write
 
@@ -76,12 +69,12 @@ def best_found_again(boxes, exported, squares, near=4.0):
         if int(ours["count"][0]): hits.append(bool((np.abs(theirs["boxes"][0, :theirs["count"][0]] - np.array(ours["boxes"])[0, 0]).max(-1) < near).any()))
     return np.mean(hits)
 
-@pytest.mark.parametrize("format, precision, scores, share", [("litert", "float16", 0.005, 0.98), ("litert", "int8", 0.05, 0.8), ("onnx", "int8", 0.05, 0.8)])
-def test_smaller_numbers_say_nearly_the_same(format, precision, scores, share, written, squares):
+@pytest.mark.parametrize("format, precision, near, scores, share", [("litert", "float16", 0.5, 0.005, 0.98), ("litert", "int8", 4.0, 0.15, 0.8), ("onnx", "int8", 4.0, 0.15, 0.6)])
+def test_smaller_numbers_say_nearly_the_same(format, precision, near, scores, share, written, squares):
     "An untrained network is a hard case: nothing taught it to be sure. What AP a trained one loses is measured below."
     pytest.importorskip(package(format))
     (exported, boxes, folder), (*_, exact) = written(format, precision), written(format)
-    apart, again = compare(exported, boxes, squares), best_found_again(boxes, exported, squares)
+    apart, again = compare(exported, boxes, squares, near), best_found_again(boxes, exported, squares)
     assert 0 < apart["scores"] < scores and again >= share, (apart, again)
     if format == "litert": assert (folder / "model.tflite").stat().st_size < (exact / "model.tflite").stat().st_size
 
@@ -220,8 +213,9 @@ def test_the_shipped_detector_at_its_size_on_fifty_scenes(tmp_path):
     average = {}
     for format, kinds in FORMATS.items():
         for precision in kinds:
-            exported, boxes = export(model, tmp_path / f"{format}-{precision}", format, precision, COCO_EVALUATION, squares=learned, weights=weights)
-            if precision == "float32":
+            if precision != "float32": exported = shrink(tmp_path / f"{format}-float32", tmp_path / f"{format}-{precision}", precision, learned)
+            else:
+                exported, boxes = export(model, tmp_path / f"{format}-{precision}", format, thresholds=COCO_EVALUATION, weights=weights)
                 apart = compare(exported, boxes, squares)
                 assert apart["boxes"] < 0.5 and apart["scores"] < 1e-3 and apart["alone"] < 2e-3, (format, apart)
             tables = [exported(square[None]) for square in squares]
