@@ -14,7 +14,7 @@ ON_GPU := KERAS_BACKEND=jax $(PERSON) --precision mixed_bfloat16 --workers 8 --e
 setup: .venv/installed
 
 .venv/installed: settings.ini setup.py pyproject.toml
-	$(PYTHON) -m venv .venv && $(BIN)/python -m pip install --quiet --editable ".[jax,mlflow,dev]"
+	$(PYTHON) -m venv .venv && $(BIN)/python -m pip install --quiet --editable ".[jax,mlflow,export,dev]"
 	$(BIN)/python tests/check_opencv.py
 	touch $@
 

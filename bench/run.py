@@ -130,6 +130,16 @@ def camera(rounds, rehearse):
     print("camera", row, flush=True)
     return row
 
+def exports(rounds, rehearse):
+    "Every exported format against `detect`, its start to the first box, its memory: see export.py. Each size and batch in a process of its own."
+    results = {}
+    for size in (64,) if rehearse else (256, 320, 512):
+        for batch_size in (1,) if rehearse else (1, 8):
+            row = in_a_process("export.py", "tensorflow", "--image-size", size, "--batch-size", batch_size, "--rounds", 1 if rehearse else rounds, *(["--tiny"] if rehearse else []))
+            results.setdefault(str(size), {})[str(batch_size)] = row
+            print("export", size, batch_size, row, flush=True)
+    return results
+
 def machine():
     info = Path("/proc/cpuinfo")
     name = next((line.split(":")[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")), "") if info.exists() else platform.processor()
@@ -161,6 +171,12 @@ def table(results):
         lines.append(f"| latency of a plain loop, which has the driver's queue of four / ours | {row['plain_latency_ms'] / row['latency_ms']:.1f} × | |")
         lines.append(f"| of it the network's share; milliseconds: {', '.join(f'{step} {value:.1f}' for step, value in row['milliseconds'].items())} | {row['milliseconds']['network'] / sum(row['milliseconds'].values()):.0%} | |")
     if "group_norm" in results: lines.append(f"| Keras' GroupNormalization / ours, forward and backward | {results['group_norm']['keras_over_ours']:.2f} × | |")
+    for size, batches in results.get("export", {}).items():
+        for batch_size, row in batches.items():
+            for threads, kinds in row["threads"].items():
+                lines += [f"| `detect` / {kind}, {size}², batch {batch_size}, {threads} thread{'s' * (threads != '1')} | {value['faster']:.2f} × | |" for kind, value in kinds.items() if kind != "keras"]
+            for kind, value in row.get("cold", {}).items():
+                lines.append(f"| start to first box, {kind}, {size}²; peak memory {value['peak_mb']:.0f} MB | {value['seconds']:.1f} s | {'≤ 4 s' if kind.startswith('litert') else ''} |")
     return "\n".join(lines)
 
 def steps_and_detection(results, rounds):
@@ -178,23 +194,23 @@ def targets(results, rounds):
         print(count, results["targets"][str(count)], flush=True)
 
 NAMES = {"tensorflow": "TensorFlow", "jax": "JAX"}
-PARTS = ("step", "targets", "norm", "training", "data", "detect")
+APART = {"training": ("training", whole_loop), "data": ("data", data), "detect": ("camera", camera), "export": ("export", exports)}   # flag: its key in results.json, and what measures it
+PARTS = ("step", "targets", "norm", *APART)
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=15, help="times that each pair is measured (default: %(default)s)")
     parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS, help="measure these, and keep what results.json has of the others (default: all)")
-    parser.add_argument("--rehearse", action="store_true", help="training, data and detect on a tiny network, once, to see that they run; nothing is written")
+    parser.add_argument("--rehearse", action="store_true", help="those that have a process of their own, on a tiny network, once, to see that they run; nothing is written")
     a = parser.parse_args()
-    if a.rehearse: return print(table({key: measured(1, True) for name, key, measured in (("training", "training", whole_loop), ("data", "data", data), ("detect", "camera", camera)) if name in a.only}))
+    if a.rehearse: return print(table({APART[name][0]: APART[name][1](1, True) for name in APART if name in a.only}))
     results = json.loads((HERE / "results.json").read_text(encoding="utf-8")) if set(a.only) < set(PARTS) and (HERE / "results.json").exists() else {}
     results["machine"] = machine()
-    if "training" in a.only: results["training"] = whole_loop(a.rounds, False)
-    if "data" in a.only: results["data"] = data(a.rounds, False)
+    for name, (key, measured) in APART.items():
+        if name in a.only: results[key] = measured(a.rounds, False)
     if "step" in a.only: steps_and_detection(results, a.rounds)
     if "targets" in a.only: targets(results, a.rounds)
     if "norm" in a.only: results["group_norm"] = group_norm(a.rounds)
-    if "detect" in a.only: results["camera"] = camera(a.rounds, False)
     (HERE / "results.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     m = results["machine"]
     (HERE / "README.md").write_text(f"# Benchmarks\n\n`make bench` measures these again; `python bench/run.py --only training` a part of them. Machine: {m['processor']}, {m['cores']} cores, no GPU; TensorFlow {m['tensorflow']}, Keras {m['keras']}.\n\n"

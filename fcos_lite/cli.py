@@ -15,6 +15,7 @@ COMMANDS = {"demo": "learn, measure and look, in ten minutes and without data",
             "train": "train a detector, on drawn scenes or on your photographs",
             "evaluate": "measure one",
             "detect": "find people in pictures, folders, films and cameras",
+            "export": "write one as a file for LiteRT, ONNX or TensorFlow",
             "data": "look into a folder of pictures; write it as records, and check them",
             "tracking": "plot a run, or compare several",
             "packs": "cut photographs into pieces that can be carried"}

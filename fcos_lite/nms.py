@@ -100,7 +100,7 @@ def first_of_class(
     classes, count,
 ): # (B, K) bool
     "Of those kept, the first `count` of each class."
-    mine = ops.one_hot(label, classes, dtype="int32") * ops.cast(kept, "int32")[..., None]
+    mine = ops.cast((label[..., None] == np.arange(classes, dtype="int32")) & kept[..., None], "int32")
     return kept & (ops.sum(ops.cumsum(mine, axis=1) * mine, axis=-1) <= count)
 
 # %% ../nbs/13_nms.ipynb #8556463f

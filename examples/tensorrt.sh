@@ -1,0 +1,32 @@
+#!/bin/sh
+# From a detector to TensorRT engines, FP16 and INT8, on a machine with an NVIDIA GPU and TensorRT 10 (trtexec comes with it; NVIDIA's container tensorrt has it in /opt/tensorrt/bin).
+#
+#   sh examples/tensorrt.sh WEIGHTS PHOTOGRAPHS OUT [IMAGE_SIZE]        e.g.  sh examples/tensorrt.sh person photographs/ engines 256
+#
+# NOT RUN BY US: no TensorRT was at hand when this was written. What is tested is the ONNX files that it starts from, by ONNX Runtime on a CPU. Two places to look at first if the builder complains:
+#   - NMS is a Loop in the graph. TensorRT holds loops (its Loop layer); if yours refuses it, add --no-nms to the first two commands: the engine then gives "boxes" (1, N, 4) and "scores" (1, N, classes),
+#     and TensorRT's own NMS layer or plug-in, or fcos_lite.nms, chooses among them.
+#   - the input is uint8. TensorRT takes uint8 as a network's input only if a cast comes first, as it does here.
+#
+# What it should say, for each engine (times depend on the GPU; the last line is what counts):
+#   [I] Engine built in ... sec.
+#   [I] === Performance summary ===
+#   [I] Throughput: ... qps
+#   [I] Latency: min = ... ms, max = ... ms, mean = ... ms, median = ... ms, percentile(90%) = ... ms
+#   [I] GPU Compute Time: min = ... ms, ...
+#   &&&& PASSED TensorRT.trtexec [TensorRT v10....] # trtexec --onnx=...
+# And Polygraphy, for FP16 against ONNX Runtime's float32: "PASSED | All outputs matched" within the tolerances given, or a table of the outputs that did not.
+set -eu
+weights=$1 photographs=$2 out=$3 size=${4:-256}
+mkdir -p "$out"
+
+# 1. Two ONNX files: float32, and one with a pair of QuantizeLinear and DequantizeLinear around every convolution ("explicit quantisation": TensorRT needs no calibration of its own, and rounds where we measured).
+python -m fcos_lite.export --weights "$weights" --format onnx --image-size "$size" --out "$out/onnx"
+python -m fcos_lite.export --weights "$weights" --format onnx --precision int8 --pictures "$photographs" --image-size "$size" --out "$out/onnx-int8"
+
+# 2. Engines. They hold for this GPU and this version of TensorRT alone: build them where they run.
+trtexec --onnx="$out/onnx/model.onnx" --fp16 --saveEngine="$out/fp16.engine" --useCudaGraph --useSpinWait
+trtexec --onnx="$out/onnx-int8/model.onnx" --int8 --fp16 --saveEngine="$out/int8.engine" --useCudaGraph --useSpinWait
+
+# 3. Does FP16 still say the same? (pip install polygraphy) Boxes in pixels, scores in 0..1; boxes whose scores are nearly equal may change places, and are then reported.
+if command -v polygraphy > /dev/null; then polygraphy run "$out/onnx/model.onnx" --onnxrt --trt --fp16 --atol boxes:1.0 scores:0.01 --rtol 0; fi
