@@ -260,6 +260,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                   'fcos_lite.detect.Recorder.finish_film': ('detect.html#recorder.finish_film', 'fcos_lite/detect.py'),
                                   'fcos_lite.detect.Recorder.free_name': ('detect.html#recorder.free_name', 'fcos_lite/detect.py'),
                                   'fcos_lite.detect.Recorder.save_crops': ('detect.html#recorder.save_crops', 'fcos_lite/detect.py'),
+                                  'fcos_lite.detect.Recorder.start': ('detect.html#recorder.start', 'fcos_lite/detect.py'),
                                   'fcos_lite.detect.as_rows': ('detect.html#as_rows', 'fcos_lite/detect.py'),
                                   'fcos_lite.detect.detect_files': ('detect.html#detect_files', 'fcos_lite/detect.py'),
                                   'fcos_lite.detect.find_pictures': ('detect.html#find_pictures', 'fcos_lite/detect.py'),

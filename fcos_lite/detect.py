@@ -58,8 +58,11 @@ class Recorder:
         also=(),  # of csv, coco, crops
     ):
         self.out, self.also, self.rows, self.coco, self.taken, self.film = Path(out), also, {}, [], set(), None
+
+    def start(self):
+        "Make the folder; not before there is something to be put into it."
         self.out.mkdir(parents=True, exist_ok=True)
-        if "csv" in also: (self.out / "detections.csv").write_text(as_csv([]), encoding="utf-8")
+        if "csv" in self.also: (self.out / "detections.csv").write_text(as_csv([]), encoding="utf-8")
 
     def free_name(self, name): # str
         "A name for files, from that of the source; a second of the same name gets a number."
@@ -71,6 +74,7 @@ class Recorder:
 
     def add(self, result, drawn): # results.Result; (H, W, 3) uint8 RGB
         "One result, with its drawn picture."
+        if not self.taken: self.start()
         if result.time is None:
             self.finish_film()
             stem = self.free_name(result.name)
@@ -106,8 +110,8 @@ class Recorder:
     def close(self):
         "Finish what is open, and write what needed all: `detections.json`, and COCO's results."
         self.finish_film()
-        if self.rows or not self.taken: self.append_whole("detections.json", self.rows)
-        if "coco" in self.also:
+        if self.rows: self.append_whole("detections.json", self.rows)
+        if self.coco:
             ids = [image_id_of(name) for name, _ in self.coco]
             if None in ids or len(set(ids)) < len(ids): ids = range(1, len(ids) + 1)     # names that are no numbers
             self.append_whole("coco_results.json", [{**row, "image_id": number} for number, (_, rows) in zip(ids, self.coco) for row in rows])
@@ -124,6 +128,7 @@ def write_found(
 ):
     "The pictures with their boxes, and `detections.json`; pictures of one name in two folders get a number."
     recorder = Recorder(out)
+    recorder.start()
     for file, detections in found.items(): save_picture(recorder.out / f"{recorder.free_name(str(file))}.jpg", detections.draw())
     recorder.append_whole("detections.json", as_rows(found))
 

@@ -153,7 +153,9 @@ def test_nothing_to_go_on_with_is_refused(model, folder, site, tmp_path):
     (folder / "none.png").touch()
     for word, why in ((folder / "none.png", "none of the pictures"), ("http://127.0.0.1:1/a.png", "none of the pictures"), (f"{site}/", "none of the pictures"),
                       ("nothing://here", "cannot be read"), (folder / "x.png", "no such file"), (f"{folder}/*.gif", "no picture and no video")):
-        with pytest.raises(InputError, match=why): command(model, word, "--out", tmp_path / "out", "--force")
+        with pytest.raises(InputError, match=why): command(model, word, "--out", tmp_path / "out")
+        assert not (tmp_path / "out").exists()
+    (tmp_path / "out").mkdir()
     with pytest.raises(InputError, match="exists already"): command(model, folder, "--out", tmp_path / "out")
 
 def test_a_long_film_holds_no_more_than_a_short_one(model, scene, tmp_path):
