@@ -51,13 +51,14 @@ class Boxes(keras.Model):
         boxes, scores = decode(self.model(image), self.model.network.image_size, self.model.network.strides)
         return {"boxes": boxes, "scores": scores}
 
-# %% ../nbs/23_graphs.ipynb #6009f474
+# %% ../nbs/23_graphs.ipynb #8b8648fc
 def trace(
     boxes, # Boxes
     batch_size=1,
 ): # tf.Module: `run`, a function of "image" (batch_size, S, S, 3) uint8, and the `arrays` that it needs
     "What a detector does, recorded once."
     import tensorflow as tf
+    tf.get_logger().setLevel(logging.ERROR)   # it would say of every file where its assets are
     size, graph = boxes.model.network.image_size, tf.Module()
     image = tf.TensorSpec((batch_size, size, size, 3), "uint8", name="image")
     graph.run = tf.function(lambda image: boxes(image, training=False), input_signature=[image], autograph=False)
