@@ -15,7 +15,9 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
 HERE = Path(__file__).resolve().parent
 KINDS = (("saved_model", "float32"), ("litert", "float32"), ("litert", "float16"), ("litert", "int8"), ("onnx", "float32"), ("onnx", "int8"))
-KERAS = "import sys; from fcos_lite import FCOS; print(FCOS.from_preset(sys.argv[1]).detect(sys.argv[2]))"   # at the size of the weights
+PEAK = "; import re; print(re.search(r'VmHWM:\\s+(\\d+)', open('/proc/self/status').read())[1])"      # kilobytes (Linux); what the parent is told of a child counts the parent's own
+KERAS = "import sys; from fcos_lite import FCOS; print(FCOS.from_preset(sys.argv[1]).detect(sys.argv[2]))" + PEAK   # at the size of the weights
+EXAMPLE = "import runpy, sys; sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')" + PEAK
 
 def timed(function):
     started = time.perf_counter()
@@ -69,13 +71,11 @@ def side_by_side(folder, size, batch_size, threads, rounds, tiny):
             **{f"{format} {precision}": {"seconds": round(value, 5), "faster": round(seconds[0] / value, 3)} for (format, precision), value in zip(KINDS, seconds[1:])}}
 
 def started(command):
-    "Seconds from start to end of a process that prints its boxes and ends, and its peak memory in MB."
+    "Seconds from start to end of a process that prints its boxes, and its peak memory in MB."
     begin = time.perf_counter()
-    process = subprocess.Popen([sys.executable, *map(str, command)], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env={**os.environ, "PYTHONPATH": str(HERE.parent)})
-    error = process.stderr.read()
-    _, status, usage = os.wait4(process.pid, 0)
-    if status: sys.exit(error.decode()[-2000:])
-    return time.perf_counter() - begin, usage.ru_maxrss / 1024
+    done = subprocess.run([sys.executable, *map(str, command)], capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(HERE.parent)})
+    if done.returncode: sys.exit(done.stderr[-2000:])
+    return time.perf_counter() - begin, int(done.stdout.split()[-1]) / 1024
 
 def cold(folder, rounds):
     "Start to first box and peak memory of the examples, which import their runtime alone; and of Keras."
@@ -84,7 +84,7 @@ def cold(folder, rounds):
     picture = folder / "scene.png"
     cv2.imwrite(str(picture), Scenes(1, 0, World(size=640))[0].read()[80:560, :, ::-1])
     commands = {"keras": ["-c", KERAS, "person", picture],
-                **{f"{format} {precision}": [HERE.parent / "examples" / f"detect_{format}.py", folder / f"{format}-{precision}", picture] for format, precision in KINDS}}
+                **{f"{format} {precision}": ["-c", EXAMPLE, HERE.parent / "examples" / f"detect_{format}.py", folder / f"{format}-{precision}", picture] for format, precision in KINDS}}
     rows = {}
     for name, command in commands.items():
         runs = [started(command) for _ in range(rounds + 1)][1:]      # the first fills the disk's cache
