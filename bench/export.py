@@ -61,7 +61,7 @@ def side_by_side(folder, size, batch_size, threads, rounds, tiny):
     import tensorflow as tf
     tf.config.threading.set_intra_op_parallelism_threads(threads)
     tf.config.threading.set_inter_op_parallelism_threads(1)
-    from fcos_lite.export import Exported
+    from fcos_lite.exported import Exported
     from fcos_lite.scenes import Scenes, World
     model, _ = detector(size, tiny)
     pictures = [scene.read()[80:560] for scene in Scenes(batch_size, 0, World(size=640))]      # 640 x 480

@@ -9,7 +9,8 @@ import cv2
 import numpy as np
 import pytest
 from fcos_lite.config import COCO_EVALUATION, SOURCE_CAMERA, InputError, Network
-from fcos_lite.export import FORMATS, PAGE, Exported, check_out, compare, difference, export, load_at, main, read_page, representative, shrink
+from fcos_lite.export import check_out, compare, export, load_at, main, representative, shrink
+from fcos_lite.exported import FORMATS, PAGE, Exported, difference, read_page
 from fcos_lite.images import Letterbox
 from fcos_lite.scenes import Scenes, World
 

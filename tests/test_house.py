@@ -18,7 +18,7 @@ FLOORS = [
     {"images", "fpn", "heads", "targets", "losses", "augment", "figures", "nms", "camera"},
     {"checks", "backdrops", "weights", "results", "sources", "watch"},
     {"scenes", "formats", "dialects", "batches", "model", "records"},
-    {"metrics", "runs", "packs", "readers", "splits", "finetuning", "shards", "census", "graphs"},
+    {"metrics", "runs", "packs", "readers", "splits", "finetuning", "shards", "census", "graphs", "exported"},
     {"detect", "evaluate", "checkpoints", "tracking", "streams"},
     {"training", "team", "data", "export"},
     {"reports", "guards", "curriculum", "processes"},
