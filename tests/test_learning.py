@@ -51,7 +51,7 @@ def test_photographs_layout_end_to_end(tmp_path):
     again = json.loads((tmp_path / "again" / "evaluation.json").read_text())
     assert again["AP"] == pytest.approx(evaluation["AP"], abs=1e-6) and again["boxes"] == evaluation["boxes"]
     said = command("detect", tmp_path / "coco" / "val2017", "--weights", run, "--out", tmp_path / "found")
-    assert "6 of 6 pictures" in said
+    assert "in 6 of 6 sources" in said
     assert len(json.loads((tmp_path / "found" / "detections.json").read_text())) == 6
 
 def learn_by_heart(examples, class_names, image_size, steps, seed=0):
