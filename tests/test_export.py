@@ -221,7 +221,7 @@ def test_the_shipped_detector_at_its_size_on_fifty_scenes(tmp_path):
                 assert apart["boxes"] < 0.5 and apart["scores"] < 1e-3 and apart["alone"] < 2e-3, (format, apart)
             tables = [exported(square[None]) for square in squares]
             found = [Detections(t["boxes"][0, :t["count"][0]], t["scores"][0, :t["count"][0]], t["labels"][0, :t["count"][0]], model.network.class_names) for t in tables]
-            average[format, precision] = coco_evaluation(scenes, found, model.network.class_names)["AP"]
+            average[format, precision] = coco_evaluation(scenes, found, model.network.class_names)[0]["AP"]
     print({" ".join(kind): round(float(value), 4) for kind, value in average.items()})
     for (format, precision), value in average.items():
         assert value > average["litert", "float32"] - {"float32": 1e-3, "float16": 3e-3, "int8": 0.03}[precision], (format, precision, average)
