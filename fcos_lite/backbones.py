@@ -107,7 +107,7 @@ def foreign(
 ): # C2, C3, C4, C5: (B, S / s, S / s, C) for s = 4, 8, 16, 32
     "The maps of somebody else's backbone, with the statistics that it came with."
     trunk, units = trunk_of(network)
-    return trunk(Units(*units, name="c_units")(image))
+    return trunk(Units(*units, name="c_units", dtype="float32")(image))   # means of 120 taken from pixels want all their digits
 
 # %% ../nbs/08a_backbones.ipynb #47543818
 def leaves(model): # keras.Model -> its layers, those of models inside it in place of these
