@@ -221,6 +221,8 @@ LEGEND = """Pairs are measured in turns; a ratio is that of medians. *The whole 
 the network's forward and backward pass on one batch that is there already. *The document's loop* (document_loop.py) is eager, reads its PNG records, loops over the boxes of each picture, prints each step,
 clips each tensor and has two optimizers; its network is ours. It throws every ninth micro-batch away: per picture that it learns from, it is slower by nine eighths.
 *Input* (data.py) is measured alone, through whole epochs, from closed files to batches of 4 with pictures, boxes and labels. The photographs are grainy scenes of 640 x 480; the records hold squares of the size that is trained, of JPEG
-quality 90 or of PNG; the step is that of the `source` network with the `scratch` recipe."""
+quality 90 or of PNG; the step is that of the `source` network with the `scratch` recipe.
+*Exports* (export.py) are the shipped detector: from pictures of 640 x 480 to boxes in their pixels, with the runtime's own threads set to what is said; `detect` is Keras' on TensorFlow with as many. Values above 1 are faster than `detect`.
+*Start to first box* is a process of its own, import included, of the script in examples/ for that format (for Keras: of `FCOS.from_preset("person").detect`); the peak is what the kernel saw of that process (VmHWM)."""
 
 if __name__ == "__main__": main()

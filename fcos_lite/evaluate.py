@@ -20,7 +20,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from .batches import Batches
 from .config import COCO_EVALUATION, SOURCE_EVALUATION, InputError, add_flags, check, run_command, with_flags
-from .formats import read_coco
+from .readers import read_dataset
 from .images import Letterbox
 from .metrics import best_cut, coco_evaluation, outcomes, precision_recall, ranking, source_map75, worst
 from .model import FCOS, collect, fill
@@ -199,7 +199,7 @@ worst.png (the worst misses and false alarms), and pictures/ with the boxes that
 def parser():
     p = argparse.ArgumentParser("python -m fcos_lite.evaluate", description="Measure how good a detector is, and see what it gets wrong.", epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--weights", required=True, metavar="NAME|PATH", help="the folder of a run, a .weights.h5 file with its config.json beside it, or a name of weights that come with the library")
-    p.add_argument("--coco", metavar="DIR", help="photographs in COCO's layout; without it, 100 scenes are drawn")
+    p.add_argument("--coco", metavar="DIR", help="photographs in the layout of COCO, YOLO or Pascal VOC; without it, 100 scenes are drawn")
     p.add_argument("--part", default="val2017", metavar="NAME", help="which part of DIR (default: %(default)s)")
     p.add_argument("--out", default="evaluation", metavar="DIR", help="a new folder for the report (default: %(default)s)")
     p.add_argument("--force", action="store_true", help="replace an earlier evaluation in --out")
@@ -231,7 +231,7 @@ def main(argv=None):
     check_out(out, arguments.force)
     for name in ("batch_size", "limit"): check(getattr(arguments, name) is None or getattr(arguments, name) >= 1, f"--{name.replace('_', '-')} {getattr(arguments, name)}: give at least 1")
     model = FCOS.from_preset(arguments.weights)
-    if arguments.coco: examples = read_coco(arguments.coco, arguments.part, model.network.class_names, arguments.limit)
+    if arguments.coco: examples = read_dataset(arguments.coco, arguments.part, model.network.class_names, arguments.limit)
     else: examples = list(Scenes(arguments.limit or 100, arguments.seed + 1_000_000, with_flags(World(size=model.network.image_size, class_names=model.network.class_names), arguments)))
     if getattr(examples, "report", None): print(examples.report)
     aside = out.with_name(f".{out.name}.partial")

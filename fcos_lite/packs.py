@@ -13,10 +13,10 @@ from dataclasses import replace
 from pathlib import Path
 import cv2
 import numpy as np
-from .checks import Report
 from .config import check, run_command
-from .formats import Examples, as_coco, read_coco
+from .formats import Examples, as_coco
 from .images import Example
+from .readers import Reading, has_part, read_dataset
 
 # %% ../nbs/05f_packs.ipynb #96a30601
 def shrink(
@@ -76,27 +76,27 @@ def pack(
 
 # %% ../nbs/05f_packs.ipynb #d262fc9c
 def read_several(
-    directories, # COCO folders
+    directories, # COCO folders; or one in any layout that `read_dataset` knows
     part,        # read from each that has it
     class_names=None,
     limit=None,  # pictures of all of them
 ): # Examples
     "The same part of several folders, as one; raises `InputError` where none has it, or an image id comes twice."
-    holding = [Path(d) for d in directories if len(directories) == 1 or (Path(d) / "annotations" / f"instances_{part}.json").exists()]
+    holding = [Path(d) for d in directories if len(directories) == 1 or has_part(d, part)]
     check(holding, f"{', '.join(map(str, directories))}: none holds annotations/instances_{part}.json")
     parts, total = [], []
     for directory in holding:
-        parts.append(read_coco(directory, part, class_names, limit and limit - len(total)))
+        parts.append(read_dataset(directory, part, class_names, limit and limit - len(total)))
         class_names, total = parts[-1].class_names, total + list(parts[-1])
         if limit and len(total) >= limit: break
     ids = [example.image_id for example in total]
     check(len(set(ids)) == len(ids), f"{', '.join(map(str, holding))}: image id {next((i for i in ids if ids.count(i) > 1), None)} is in more than one; give each picture once")
-    return Examples(total, class_names, sum_reports([examples.report for examples in parts]))
+    return parts[0] if len(parts) == 1 else Examples(total, class_names, sum_reports([examples.report for examples in parts]))
 
-def sum_reports(reports): # Report
+def sum_reports(reports): # Reading
     "One report for several."
     counts = {name: sum(getattr(report, name) for report in reports) for name in ("pictures", "empty", "boxes", "crowds")}
-    whole = Report(", ".join(report.path for report in reports), **counts)
+    whole = Reading(", ".join(report.path for report in reports), **counts, notes=[note for report in reports for note in report.notes])
     for report in reports:
         whole.skipped.update(report.skipped)
         whole.first = {**report.first, **whole.first}
@@ -104,8 +104,8 @@ def sum_reports(reports): # Report
 
 # %% ../nbs/05f_packs.ipynb #de2c4259
 def parser(): # argparse.ArgumentParser
-    p = argparse.ArgumentParser("python -m fcos_lite.packs", description="Photographs in COCO's layout, scaled down and cut into pieces that can be carried: each is a COCO folder, and --coco of train takes them all.")
-    p.add_argument("--coco", required=True, metavar="DIR", help="photographs in COCO's layout")
+    p = argparse.ArgumentParser("python -m fcos_lite.packs", description="Photographs, scaled down and cut into pieces that can be carried: each is a COCO folder, and --coco of train takes them all.")
+    p.add_argument("--coco", required=True, metavar="DIR", help="photographs in the layout of COCO, YOLO or Pascal VOC")
     p.add_argument("--out", required=True, metavar="DIR", help="folder that gets the pieces")
     p.add_argument("--parts", nargs="+", default=["train2017", "val2017"], metavar="NAME", help="which parts (default: train2017 val2017)")
     p.add_argument("--class-names", nargs="+", metavar="NAME", help="categories that are wanted (default: all)")
@@ -118,7 +118,7 @@ def main(argv=None):
     "The command `python -m fcos_lite.packs`."
     arguments = parser().parse_args(argv)
     for part in arguments.parts:
-        examples = read_coco(arguments.coco, part, arguments.class_names and tuple(arguments.class_names))
+        examples = read_dataset(arguments.coco, part, arguments.class_names and tuple(arguments.class_names))
         print(examples.report)
         for piece in pack(examples, part, arguments.out, arguments.image_size, arguments.max_mb, arguments.quality):
             print(f"  {piece}: {sum(file.stat().st_size for file in (piece / part).iterdir()) / 1e6:.1f} MB, {len(list((piece / part).iterdir())):,} pictures")

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['SUFFIXES', 'LAYOUTS', 'picture_ids', 'read_pages', 'find_pictures', 'upright_size', 'yolo_pairs', 'Reading',
-           'yolo_document', 'voc_stems', 'voc_document', 'coco_document', 'raw_boxes', 'read_document', 'recognise',
-           'read_dataset']
+           'yolo_page', 'yolo_document', 'names_of', 'voc_stems', 'voc_document', 'coco_files', 'coco_document',
+           'raw_boxes', 'read_document', 'recognise', 'has_part', 'read_dataset']
 
 # %% ../nbs/05d_readers.ipynb #308a40fe
 import os
@@ -92,11 +92,16 @@ class Reading(Report):
         text = "\n".join([super().__str__(), *(f"  note: {note}" for note in self.notes)])
         return text.encode("utf-8", "backslashreplace").decode()   # a file's name may be no text, and still must be printed
 
-def yolo_document(directory, part, limit): # a COCO document, the folder its file names start from, a Reading
-    "A part of a YOLO folder; raises `InputError`."
+def yolo_page(directory): # Path
+    "The YAML file of a YOLO folder; raises `InputError` where there are several, and none has the usual name."
     pages = sorted(file for end in ("yaml", "yml") for file in directory.glob(f"*.{end}"))
     path = next((file for file in pages if file.stem == "data" or len(pages) == 1), None)
     check(path, f"{directory}: {len(pages)} YAML files, and none is data.yaml; give the one that lists the classes this name")
+    return path
+
+def yolo_document(directory, part, limit): # a COCO document, the folder its file names start from, a Reading
+    "A part of a YOLO folder; raises `InputError`."
+    path = yolo_page(directory)
     page, report, outlines = load_yaml(path, directory), Reading(f"{path}, {part}"), Counter()
     names, points = yolo_names(page, path), "kpt_shape" in page
     def open_text(picture, text):
@@ -114,10 +119,14 @@ def yolo_document(directory, part, limit): # a COCO document, the folder its fil
     return {**document, "categories": [{"id": key, "name": name} for key, name in names.items()]}, directory, report
 
 # %% ../nbs/05d_readers.ipynb #d35b73af
+def names_of(part): # (str, str)
+    "A part's name as it is, and without digits at its end: train2017, train."
+    return part, part.rstrip("0123456789")
+
 def voc_stems(directory, part): # [str]
     "The names of a part's pictures, without their endings; raises `InputError` where it has no list, or one that names a picture twice."
     lists = directory / "ImageSets" / "Main"
-    path = next((file for name in (part, part.rstrip("0123456789")) if os.path.isfile(file := lists / f"{name}.txt")), None)
+    path = next((file for name in names_of(part) if os.path.isfile(file := lists / f"{name}.txt")), None)
     if path is None:
         check(not lists.is_dir() and part.startswith("train"), f"{lists}: no {part}.txt to list the pictures of this part; without any lists all pages are the part train")
         return sorted(file.stem for file in (directory / "Annotations").glob("[!.]*.xml"))
@@ -150,11 +159,15 @@ def voc_document(directory, part, limit): # a COCO document, the folder its file
     return {**document, "categories": [{"id": number, "name": name} for name, number in sorted(ids.items())]}, directory, report
 
 # %% ../nbs/05d_readers.ipynb #b8ad2bbf
+def coco_files(directory, part): # [Path]
+    "Where the annotations of a part may lie."
+    return [directory / "annotations" / f"{kind}_{part}.json" for kind in ("instances", "person_keypoints")] + [directory / part / "_annotations.coco.json"]
+
 def coco_document(directory, part, limit): # a COCO document, the folder its file names start from, a Reading
     "A part of a COCO folder; raises `InputError`."
     folder = directory / part
     check(folder.is_dir(), f"{folder}: no such folder; the pictures of part {part!r} belong there")
-    tries = [directory / "annotations" / f"{kind}_{part}.json" for kind in ("instances", "person_keypoints")] + [folder / "_annotations.coco.json"]
+    tries = coco_files(directory, part)
     path = next((file for file in tries if file.is_file()), tries[0])
     document = load_json(inside(path, directory))
     check_entries(document, path)
@@ -204,6 +217,18 @@ def recognise(directory): # a key of LAYOUTS
     check(found, f"{directory}: no layout that is known: {wanted}; this folder has {seen}. Name the folder that holds these")
     check(len(found) == 1, f"{directory}: looks like {' and '.join(found)}; say which, with layout={found[0]!r}")
     return found[0]
+
+def has_part(
+    directory, # in COCO's, YOLO's or Pascal VOC's layout
+    part,      # train2017, val2017 or another
+): # bool
+    "Whether a folder says that it has this part, readable or not; raises `InputError` where its layout is unknown."
+    directory = Path(directory)
+    check(directory.is_dir(), f"{directory}: no such folder; give one in the layout of COCO, YOLO or Pascal VOC")
+    layout = recognise(directory)
+    if layout == "COCO": return any(file.is_file() for file in coco_files(directory, part))
+    if layout == "YOLO": return any(load_yaml(yolo_page(directory), directory).get(name) for name in names_of(part))
+    return any((directory / "ImageSets" / "Main" / f"{name}.txt").is_file() for name in names_of(part))
 
 def read_dataset(
     directory,          # in COCO's, YOLO's or Pascal VOC's layout

@@ -27,6 +27,7 @@ from .formats import Examples
 from .guards import Guard, explain_memory, memory, precision_of
 from .memory import limit_gpu_memory
 from .packs import read_several
+from .readers import has_part
 from .processes import SharedCheckpoint, alone, folder_of, run_of, seen_by
 from .runs import Run, locked
 from .scenes import Scenes, World
@@ -55,7 +56,7 @@ A run's folder holds config.json, metrics.csv, log.txt, best and last weights, e
 def parser(): # argparse.ArgumentParser
     "What `python -m fcos_lite.train` understands: its own flags, and one for every field of the network, the recipe and the drawn world."
     p = argparse.ArgumentParser("python -m fcos_lite.train", description="Train an FCOS detector.", epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--coco", nargs="+", metavar="DIR", help="photographs in COCO's layout, in one folder or several; without it, scenes are drawn")
+    p.add_argument("--coco", nargs="+", metavar="DIR", help="photographs in the layout of COCO, YOLO or Pascal VOC, or several folders in COCO's; without it, scenes are drawn")
     p.add_argument("--records", metavar="DIR", help="in place of --coco: records of these, as python -m fcos_lite.data write makes them")
     p.add_argument("--in-memory", action="store_true", help="decode the photographs once and keep them, 3 S² bytes each, where a graphics card would wait for them")
     p.add_argument("--workers", type=int, default=1, metavar="N", help="threads that make batches (default: %(default)s)")
@@ -96,14 +97,14 @@ def draw_data(
 
 # %% ../nbs/19_train.ipynb #81733fc1
 def read_data(
-    folders, # in COCO's layout
+    folders, # several in COCO's layout, or one in YOLO's or Pascal VOC's
     class_names, # of the network
     limit, # pictures of each part, or None
     validation_share, # of the pictures, where there is no val2017
 ): # two `Examples`
     "Photographs to learn from and others to validate on."
     train = read_several(folders, "train2017", class_names, limit)
-    if any((Path(folder) / "annotations" / "instances_val2017.json").exists() for folder in folders):
+    if any(has_part(folder, "val2017") for folder in folders):
         return train, read_several(folders, "val2017", class_names, limit)
     held = kept_aside(train, validation_share, ", ".join(map(str, folders)))
     return Examples(train[held:], class_names, train.report), Examples(train[:held], class_names)

@@ -67,8 +67,8 @@ def bare(folder):
 
 # name: (how the folder is broken, what the message must say)
 STOPS = {
-    "folder missing":          (lambda f: f.rename(f.with_name("gone")), ["coco: no such folder", "train2017/", "annotations/"]),
-    "folder empty":            (bare, ["train2017: no such folder", "belong there"]),
+    "folder missing":          (lambda f: f.rename(f.with_name("gone")), ["coco: no such folder", "in the layout of COCO, YOLO or Pascal VOC"]),
+    "folder empty":            (bare, ["coco: no layout that is known", "annotations/*.json", "this folder has nothing"]),
     "no pictures in it":       (empty, ["instances_train2017.json", "not one of its pictures", "train2017; put them there", "8 skipped: picture that is missing"]),
     "no annotations":          (lambda f: page(f).unlink(), ["instances_train2017.json: no such file", "annotations/instances_PART.json"]),
     "not JSON":                (lambda f: page(f).write_text('{"images": ['), ["instances_train2017.json: not JSON", "again"]),

@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from pathlib import Path
@@ -24,6 +25,8 @@ RUN = f"""--scenes 8 --batch-size 4 --epochs {EPOCHS} --evaluate-every 0 --check
  --accumulate 2 --noise 0.1 --brightness 0.3 --rescue-lost""".split()
 # Groups of at least 16 numbers: a norm over two of them is a sign, and turns what rounding leaves into another gradient
 CHEAP = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"   # for the compiler's time
+CACHE = tempfile.TemporaryDirectory()
+COMPILED = {"JAX_COMPILATION_CACHE_DIR": CACHE.name, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0", "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1"}   # once for all lives
 
 def free_port():
     with socket.socket() as found:
@@ -34,7 +37,7 @@ class Life:
     "A command of its own, which writes what it says into a file."
     def __init__(self, log, *flags, devices=1):
         self.log = open(log, "w+")
-        environment = {**os.environ, "KERAS_BACKEND": "jax", "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(Path(__file__).parents[1]), "XLA_FLAGS": f"{CHEAP} --xla_force_host_platform_device_count={devices}"}
+        environment = {**os.environ, "KERAS_BACKEND": "jax", "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(Path(__file__).parents[1]), **COMPILED, "XLA_FLAGS": f"{CHEAP} --xla_force_host_platform_device_count={devices}"}
         self.process = subprocess.Popen([sys.executable, "-u", "-m", "fcos_lite.train", *flags], stdout=self.log, stderr=self.log, env=environment)
 
     def said(self): return Path(self.log.name).read_text()

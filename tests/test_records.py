@@ -296,7 +296,8 @@ def stored_arrays(path):
 
 def rows(run): return list(csv.DictReader((run / "metrics.csv").read_text().splitlines())) if (run / "metrics.csv").exists() else []
 
-@pytest.mark.parametrize("backend", ["tensorflow", pytest.param("jax", marks=[pytest.mark.slow, pytest.mark.skipif(importlib.util.find_spec("jax") is None, reason="JAX is not installed")])])
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", ["tensorflow", pytest.param("jax", marks=[pytest.mark.skipif(importlib.util.find_spec("jax") is None, reason="JAX is not installed")])])
 def test_trained_out_of_records_killed_and_resumed_it_is_the_network_of_the_photographs(backend, photographs, tmp_path):
     "Up to a window's 1,024 pictures, of PNG at the training's size: the weights are the same to the last bit, and what is measured is measured in the photographs."
     finish(start(backend, *TRAIN, "--coco", photographs / "coco", "--out", tmp_path / "coco"))
