@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['KINDS', 'FIELDS', 'load_json', 'is_number', 'check_entries', 'class_labels', 'box_corners', 'box_row', 'picture_path',
-           'read_entry', 'Examples', 'by_picture', 'read_all', 'read_coco', 'as_coco', 'write_coco']
+           'read_entry', 'Examples', 'by_picture', 'alone_with_id', 'read_all', 'read_coco', 'as_coco', 'write_coco']
 
 # %% ../nbs/05b_formats.ipynb #c119e72c
 import json
@@ -59,10 +59,8 @@ def check_entries(
             if missing: raise InputError(f"{path}: {key}[{number}] lacks {', '.join(missing)}; add what is missing, or take the entry out")
             for name, kind in fields.items():
                 if not KINDS[kind](entry[name]): raise InputError(f"{path}: {key}[{number}].{name} is {reprlib.repr(entry[name])}; it must be {kind}")
-    for key in ("images", "categories"):
-        ids = Counter(entry["id"] for entry in document[key])
-        twice = [i for i, n in ids.items() if n > 1]
-        check(not twice, f"{path}: {key} has the id {twice[:1]} more than once; give each its own")
+    twice = [i for i, n in Counter(entry["id"] for entry in document["categories"]).items() if n > 1]
+    check(not twice, f"{path}: categories has the id {twice[:1]} more than once; give each its own")
 
 # %% ../nbs/05b_formats.ipynb #84a0bfaa
 def class_labels(
@@ -165,11 +163,22 @@ def by_picture(
     return rows
 
 # %% ../nbs/05b_formats.ipynb #9b2d225d
+def alone_with_id(images, report): # [entry of images]
+    "The pictures that share their id with no other; of those that do, nobody knows whose the boxes are."
+    ids, kept = Counter(image["id"] for image in images), []
+    for number, image in enumerate(images):
+        if ids[image["id"]] == 1: kept.append(image)
+        else: report.skip("picture whose id another one has", f"images[{number}]: images has the id [{image['id']}] more than once; give each its own")
+    return kept
+
 def read_all(images, folder, rows, labels, report): # [Example]
     "The pictures that can be used; those that cannot be are counted, by reason."
     examples = []
     for image in images:
-        file = picture_path(folder, image, report.path)
+        try: file = picture_path(folder, image, report.path)
+        except InputError as error:
+            report.skip("picture whose name leads out of its folder", str(error))
+            continue
         try: examples.append(read_entry(image, file, rows[image["id"]], labels, report))
         except Skip as reason: report.skip(f"picture {reason}", f"{file}: {image['width']} x {image['height']} by the annotation")
         except InputError as error: report.skip("picture that is missing" if not os.path.isfile(file) else "picture that cannot be read", str(error))
@@ -197,7 +206,7 @@ def read_coco(
     check_entries(document, path)
     class_names, labels = class_labels(document["categories"], class_names, path)
     report = Report(str(path))
-    examples = read_all(document["images"][:limit], folder, by_picture(document, report), labels, report)
+    examples = read_all(alone_with_id(document["images"], report)[:limit], folder, by_picture(document, report), labels, report)
     check(examples, f"{path}: not one of its pictures could be read from {folder}; put them there\n{report}")
     stop_past(report, max_bad_share)
     return Examples(examples, class_names, report)

@@ -201,17 +201,17 @@ def memory(
     return 4 * parameters * (4 + (accumulate > 1)) + 1.5 * number * batch_size * sum(activations(network).values())
 
 def advice(network, parameters, batch_size, precision, accumulate): # as `memory` takes them -> lines
-    "The settings that need less memory, each with its estimate."
+    "The three settings that need less memory, as far as there are any, each with its estimate."
     half, step = max(1, batch_size // 2), max(32, network.strides[-1])
     waits = math.ceil(batch_size * accumulate / half)
-    size = max(step, network.image_size * 3 // 4 // step * step)
+    sizes = [max(step, network.image_size * share // 4 // step * step) for share in (3, 2)]
     now = memory(network, parameters, batch_size, precision, accumulate)
     less = {
         f"--batch-size {half} --accumulate {waits}": memory(network, parameters, half, precision, waits),
         "--precision mixed_bfloat16": memory(network, parameters, batch_size, "mixed_bfloat16", accumulate),
-        f"--image-size {size}": memory(replace(network, image_size=size), parameters, batch_size, precision, accumulate),
+        **{f"--image-size {size}": memory(replace(network, image_size=size), parameters, batch_size, precision, accumulate) for size in sizes},
     }
-    helps = [f"  {flags:34} about {needed / 1e9:.1f} GB" for flags, needed in less.items() if needed < now]
+    helps = [f"  {flags:34} about {needed / 1e9:.1f} GB" for flags, needed in less.items() if needed < now][:3]
     return "\n".join([f"about {now / 1e9:.1f} GB for {batch_size} pictures of {network.image_size}² in {precision}; what helps:", *helps])
 
 # %% ../nbs/17a_guards.ipynb #ddc5dc32

@@ -13,10 +13,11 @@ from dataclasses import replace
 from pathlib import Path
 import cv2
 import numpy as np
-from .config import check, run_command
+from .checks import Report, stop_past
+from .config import InputError, check, run_command
 from .formats import Examples, as_coco
 from .images import Example
-from .readers import Reading, has_part, read_dataset
+from .readers import Reading, has_part, parts_in, read_dataset
 
 # %% ../nbs/05f_packs.ipynb #96a30601
 def shrink(
@@ -54,16 +55,22 @@ def pack(
     image_size=512, # longest side, pixels
     max_mb=60,      # of a piece, 10^6 bytes of pictures
     quality=90,     # of the JPEG, 1..100
+    max_bad_share=0.01, # of the pictures that may turn out unreadable
 ): # [Path of a piece]
-    "Examples as pieces of a fixed weight, each a COCO folder; raises `InputError` where one is there already."
+    "Examples as pieces of a fixed weight, each a COCO folder, all of them or none; raises `InputError` where one is there already."
     check(image_size >= 1 and max_mb > 0 and 1 <= quality <= 100, f"image_size {image_size}, max_mb {max_mb}, quality {quality}: sizes are above 0, and quality lies in 1..100")
-    out, pieces, rows, weight = Path(out), [], [], 0
+    out, pieces, rows, weight, report = Path(out), [], [], 0, getattr(examples, "report", None) or Report("the examples")
     check(not list(out.glob(f"{part}-*")), f"{out}: holds pieces of {part} already; choose another folder, or take them away")
     def close():
         pieces.append(out / f"{part}-{len(pieces):03d}")
         write_piece(pieces[-1], part, rows, examples.class_names)
-    for example in examples:
-        small = shrink(example, image_size)
+    def fill(example):
+        nonlocal rows, weight
+        try: small = shrink(example, image_size)
+        except InputError as error:
+            report.skip("picture that cannot be decoded", str(error))
+            report.pictures = max(0, report.pictures - 1)
+            return
         data = cv2.imencode(".jpg", small.image[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, quality])[1].tobytes()
         check(len(data) <= max_mb * 1e6, f"image {example.image_id}: {len(data):,} bytes are more than a whole piece of {max_mb} MB; give a larger --max-mb")
         if rows and weight + len(data) > max_mb * 1e6:
@@ -71,7 +78,15 @@ def pack(
             rows, weight = [], 0
         rows.append((replace(small, image=None), data))
         weight += len(data)
-    if rows: close()
+    try:
+        for example in examples: fill(example)
+        stop_past(report, max_bad_share)
+        if rows: close()
+    except BaseException as error:
+        for piece in out.glob(f"{part}-*"): shutil.rmtree(piece)
+        for aside in out.glob(f".{part}-*.partial"): shutil.rmtree(aside)
+        if isinstance(error, OSError): raise InputError(f"{out}: cannot be written ({error.strerror}); make room, or choose another folder") from None
+        raise
     return pieces
 
 # %% ../nbs/05f_packs.ipynb #d262fc9c
@@ -107,20 +122,22 @@ def parser(): # argparse.ArgumentParser
     p = argparse.ArgumentParser("python -m fcos_lite.packs", description="Photographs, scaled down and cut into pieces that can be carried: each is a COCO folder, and --coco of train takes them all.")
     p.add_argument("--coco", required=True, metavar="DIR", help="photographs in the layout of COCO, YOLO or Pascal VOC")
     p.add_argument("--out", required=True, metavar="DIR", help="folder that gets the pieces")
-    p.add_argument("--parts", nargs="+", default=["train2017", "val2017"], metavar="NAME", help="which parts (default: train2017 val2017)")
+    p.add_argument("--parts", nargs="+", metavar="NAME", help="which parts (default: those of train2017 and val2017 that are there)")
     p.add_argument("--class-names", nargs="+", metavar="NAME", help="categories that are wanted (default: all)")
     p.add_argument("--image-size", type=int, default=512, metavar="S", help="longest side, pixels (default: %(default)s)")
     p.add_argument("--max-mb", type=float, default=60, metavar="N", help="largest weight of a piece, 10^6 bytes (default: %(default)s)")
     p.add_argument("--quality", type=int, default=90, metavar="Q", help="of the JPEG, 1..100 (default: %(default)s)")
+    p.add_argument("--max-bad-share", type=float, default=0.01, metavar="X", help="of the pictures, and of the boxes, that may be unusable (default: %(default)s)")
     return p
 
 def main(argv=None):
     "The command `python -m fcos_lite.packs`."
     arguments = parser().parse_args(argv)
-    for part in arguments.parts:
-        examples = read_dataset(arguments.coco, part, arguments.class_names and tuple(arguments.class_names))
+    parts = {part: read_dataset(arguments.coco, part, arguments.class_names and tuple(arguments.class_names), max_bad_share=arguments.max_bad_share) for part in arguments.parts or parts_in(arguments.coco)}
+    for part, examples in parts.items():      # all were read before the first is written
+        pieces = pack(examples, part, arguments.out, arguments.image_size, arguments.max_mb, arguments.quality, arguments.max_bad_share)
         print(examples.report)
-        for piece in pack(examples, part, arguments.out, arguments.image_size, arguments.max_mb, arguments.quality):
+        for piece in pieces:
             print(f"  {piece}: {sum(file.stat().st_size for file in (piece / part).iterdir()) / 1e6:.1f} MB, {len(list((piece / part).iterdir())):,} pictures")
 
 # %% ../nbs/05f_packs.ipynb #0f752268

@@ -8,11 +8,11 @@ __all__ = ['AVERAGED', 'Clock', 'validate', 'precision_on', 'Report']
 # %% ../nbs/17b_reports.ipynb #b7100003
 import contextlib
 import math
-import resource
 import time
 import keras
 from .config import check
 from .evaluate import coco_evaluation, predict, source_map75
+from .memory import most_resident
 from .optimizer import averaged, overflows, step_with_the_rest
 from .training import schedule_of
 
@@ -81,7 +81,8 @@ class Report(keras.callbacks.Callback):
         self.run, self.validation, self.recipe, self.steps, self.evaluate_every, self.clock, self.samples = run, validation, recipe, list(steps), evaluate_every, clock, samples
         self.now, self.stage, self.best, self.best_of_stage, self.waited, self.step, self.began = 0, None, -math.inf, -math.inf, 0, 0, 0
         self.first_step = 0
-        run.columns = (*run.columns, *(f"{name}_average" for name in AVERAGED if recipe.average), *(f"AP_{name}" for name, *_ in samples))
+        self.paced = any(pace not in (None, 1) for some in (recipe, *recipe.stages) for pace in (some.pace_fpn, some.pace_heads))     # two learning rates
+        run.columns = (*run.columns, *(("learning_rate_fpn", "learning_rate_heads") if self.paced else ()), *(f"{name}_average" for name in AVERAGED if recipe.average), *(f"AP_{name}" for name, *_ in samples))
 
     counters = "stage", "best", "best_of_stage", "waited", "step", "began"   # what a resumed run goes on with
 
@@ -129,7 +130,9 @@ class Report(keras.callbacks.Callback):
 
     def speed(self):
         seconds = time.time() - self.epoch_started
-        return {"learning_rate": float(keras.ops.convert_to_numpy(self.model.optimizer.learning_rate)), "memory_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+        rate, now = float(keras.ops.convert_to_numpy(self.model.optimizer.learning_rate)), self.model.recipe
+        two = {"learning_rate_fpn": now.pace_fpn * rate, "learning_rate_heads": now.pace_heads * rate} if self.paced else {}
+        return {"learning_rate": rate, **two, "memory_mb": most_resident(),
                 "images_per_second": (self.step - self.epoch_step) * self.recipe.batch_size / seconds, "overflows": overflows(self.model.optimizer)}
 
     def measure(self):

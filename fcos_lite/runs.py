@@ -54,13 +54,17 @@ def write_json(
 def clear_for_run(
     path, # the folder
     force, # whether an earlier run may go
-):
-    "Make room for a run, or refuse to."
+): # Path or None: where the earlier run lies now
+    "Make room for a run, or refuse to; an earlier one is set aside, beside it."
     check(not path.is_file(), f"--out {path}: this is a file; choose a folder")
-    if not path.exists() or not any(path.iterdir()): return
+    if not path.exists() or not any(path.iterdir()): return None
     check(force, f"--out {path}: the folder exists and is not empty; choose another name, or add --force to replace the run in it")
     check((path / "config.json").is_file(), f"--out {path}: --force replaces earlier runs only, and this folder holds none (it has no config.json)")
-    with locked(path): shutil.rmtree(path)
+    aside = path.with_name(f".{path.name}.replaced")
+    with locked(path):
+        shutil.rmtree(aside, ignore_errors=True)
+        os.replace(path, aside)
+    return aside
 
 # %% ../nbs/18_runs.ipynb #36012883
 COLUMNS = ("epoch", "stage", "step", "loss", "cls", "reg", "ctr", "val_loss", "val_cls", "val_reg", "val_ctr", "AP", "AP50", "AP75", "source_map75",
@@ -70,15 +74,31 @@ class Run:
     "The folder of one training run."
     def __init__(self,
         path, # the folder
-    ): self.path, self.columns = Path(path), COLUMNS   # of metrics.csv, which a run with stages has more of
+    ):
+        self.path, self.columns = Path(path), COLUMNS   # of metrics.csv, which a run with stages has more of
+        self.new, self.earlier = False, None            # whether it is in the making; where the run lies that it replaces
 
     @classmethod
     def create(cls, path, force=False):
         "An empty folder for a new run; raises `InputError` where something else lies there."
         path = Path(path)
-        clear_for_run(path, force)
+        earlier = clear_for_run(path, force)
         path.mkdir(parents=True, exist_ok=True)
-        return cls(path)
+        run = cls(path)
+        run.new, run.earlier = True, earlier
+        return run
+
+    def begin(self):
+        "Training begins: what could be refused has been, and a run that this one replaces goes."
+        if self.earlier: shutil.rmtree(self.earlier)
+        self.new, self.earlier = False, None
+
+    def undo(self):
+        "Before `begin`: the new folder goes, and the run that it was to replace is back."
+        if not self.new: return
+        shutil.rmtree(self.path)
+        if self.earlier: os.replace(self.earlier, self.path)
+        self.new, self.earlier = False, None
 
     def write_config(self, network, recipe, command):
         write_json(self.path / "config.json", {"network": dataclasses.asdict(network), "recipe": dataclasses.asdict(recipe), "command": command})

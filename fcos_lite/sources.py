@@ -45,7 +45,7 @@ def in_folder(folder): # [Source]
     return [of_path(file) for file in found]
 
 # %% ../nbs/21b_sources.ipynb #4c3df1e2
-def has_pattern(text): return any(mark in text for mark in "*?[") and not Path(text).exists()
+def has_pattern(text): return "://" not in text and any(mark in text for mark in "*?[") and not Path(text).exists()
 
 def of_text(
     text, # str or Path

@@ -161,11 +161,13 @@ def stream(
     drop_last=False, # leave out the last batch of an epoch where it is not full
     window=1024,     # records that are shuffled together
     cycle=16,        # shards open at a time
+    verified=True,   # every byte is compared with its check sum first, about a gigabyte a second: TensorFlow itself would not name a shard that is another one
 ): # tf.data.Dataset of batches
-    "The batches of `RecordBatches`, read and decoded by TensorFlow; it begins anywhere."
+    "The batches of `RecordBatches`, read and decoded by TensorFlow; it begins anywhere. Raises `InputError`, which names a shard that is damaged or foreign."
     import tensorflow as tf
     check(len(records) == sum(records.counts), f"{records.folder}: a slice of records; give it to RecordBatches, or the whole to stream")
     check(batch_size >= 1 and first_batch >= 0 and window >= 1 and cycle >= 1, f"batch_size {batch_size}, first_batch {first_batch}, window {window}, cycle {cycle}: at least 1, first_batch at least 0")
+    for path in map(Path, records.paths): check_shard(path, records.index["shards"][path.name], whole=verified)
     auto, rows = tf.data.AUTOTUNE, max(1, max_boxes or records.max_boxes)
     few = len(records) <= window   # one window holds them all
     def call(function, *numbers): return tf.ensure_shape(tf.numpy_function(lambda *n: function(*map(int, n)), numbers, tf.int64), (None,))

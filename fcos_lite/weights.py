@@ -102,7 +102,8 @@ def find_weights(
     "The file that a user means."
     path = shipped().get(str(name), Path(name))
     if path.is_dir(): path = path / "best.weights.h5"
-    check(path.is_file() and path.name.endswith(".weights.h5"),
+    check(not path.is_file() or path.name.endswith(".weights.h5"), f"{path}: no .weights.h5 file, and only arrays are opened: a whole model may carry code (a Lambda layer, a pickle). Where it was made, save its arrays: model.save_weights('NAME.weights.h5')")
+    check(path.is_file(),
           f"{name}: no such weights; give the folder of a run, a .weights.h5 file, or the name of a detector that comes with the library ({', '.join(sorted(shipped())) or 'there is none yet'})")
     return path
 
@@ -110,8 +111,9 @@ def find_weights(
 def check_seal(
     path, # a .weights.h5 file
 ):
-    "Compare a file with the SHA-256 beside it, if there is one."
+    "Compare a file with the SHA-256 beside it: what comes with the library must have one, a run's own weights need none."
     seal = path.with_name(path.name + ".sha256")
+    check(seal.is_file() or path not in shipped().values(), f"{path}: {seal.name} is missing beside it; fetch both again")
     if seal.is_file(): check(seal.read_text().split()[:1] == [hashlib.sha256(path.read_bytes()).hexdigest()],
                              f"{path}: damaged or exchanged, for its SHA-256 is not the one in {seal.name}; fetch it again")
 

@@ -1,6 +1,7 @@
 """What a user hands over is checked where it enters: each case stops with a sentence that names the file, the field and the remedy, or is skipped, counted and reported."""
 import importlib
 import json
+import shutil
 import subprocess
 import sys
 import warnings
@@ -121,6 +122,7 @@ SKIPS = {
     "box with a huge number":  (bbox(8, 8, 10 ** 400, 9), "box that is not four numbers", "annotations[0]"),
     "box is a word":           (entry("annotations", bbox="everywhere"), "box that is not four numbers", "everywhere"),
     "unknown category":        (entry("annotations", category_id=99), "box of a category that is not listed", "category 99"),
+    "name leads upwards":      (entry("images", file_name="../../secret.jpg"), "picture whose name leads out of its folder", "'../../secret.jpg' of image 1 leads out of"),
     "unknown picture":         (entry("annotations", image_id=404), "box of a picture that is not listed", "image_id 404"),
 }
 
@@ -161,6 +163,13 @@ def test_past_one_percent_the_command_stops_with_the_report(case, coco):
     said = message(lambda: train_on(coco))
     for needle in ("instances_train2017.json: 1 of ", "more than 1 %", "mend", f"1 skipped: {reason}", first): assert needle in said
     assert not (coco.parent / "run").exists()
+
+def test_of_pictures_that_share_an_id_neither_is_used(coco):
+    "Whose are the boxes? Nobody can tell; the others are what they were."
+    whole = read_coco(coco, "train2017")
+    rewrite(coco, lambda d: d["images"].append({**d["images"][1], "id": 1}))
+    found = read_coco(coco, "train2017", max_bad_share=0.5)
+    assert dict(found.report.skipped) == {"picture whose id another one has": 2} and [e.image_id for e in found] == [e.image_id for e in whole][1:]
 
 def store(folder, picture, **how):
     "A picture in the place of the first."
@@ -260,6 +269,25 @@ def test_an_output_folder_that_exists_is_not_touched(coco):
     assert (out / "diary.txt").read_text() == "mine"
     (coco.parent / "file").write_text("")
     assert "choose a folder" in message(lambda: train.main(["--coco", str(coco), "--out", str(coco.parent / "file"), *FLAGS]))
+
+@pytest.mark.parametrize("flags", [["--weights", "nowhere.weights.h5"], ["--minutes", "0"], ["--mlflow", "mlruns"]], ids=lambda flags: flags[0])
+def test_a_run_that_is_to_be_replaced_is_back_where_the_new_one_is_refused(flags, coco):
+    out = coco.parent / "run"
+    out.mkdir()
+    for name in ("config.json", "best.weights.h5"): (out / name).write_text("weeks of work")
+    message(lambda: train_on(coco, "--force", *flags))
+    assert {file.name: file.read_text() for file in out.iterdir()} == dict.fromkeys(("config.json", "best.weights.h5"), "weeks of work")
+    assert sorted(path.name for path in coco.parent.iterdir() if "run" in path.name) == ["run"]
+
+def test_a_run_that_is_refused_leaves_no_folder(coco):
+    message(lambda: train_on(coco, "--weights", "nowhere.weights.h5"))
+    assert not (coco.parent / "run").exists()
+
+def test_learned_and_measured_pictures_are_apart_whatever_their_names(coco):
+    "One photograph of val2017 is in train2017 too, under another name."
+    shutil.copy(sorted((coco / "val2017").iterdir())[0], pictures(coco)[0])
+    with_it, validation = train.read_data([coco], ("person",), None, 0.1)
+    assert len(with_it) == 7 and len(validation) == 4 and with_it.report.skipped["picture that is among val2017 too"] == 1
 
 @pytest.fixture(scope="session")
 def weights(tmp_path_factory):

@@ -54,7 +54,7 @@ def wait(condition, seconds=120):
         assert time.monotonic() - begun < seconds
         time.sleep(0.01)
 
-def kill_while_writing(many, out, seed):
+def kill_while_writing(many, out, seed, landed):
     "Kill a run at a random moment, between its beginning and its end; then look."
     rng = random.Random(seed)
     done = lambda: len(list(out.glob("train2017-*.tfrecord"))) if out.exists() else 0
@@ -64,6 +64,7 @@ def kill_while_writing(many, out, seed):
     workers = children(run.pid) if run.poll() is None else []
     run.kill()
     run.communicate()
+    landed.append(run.returncode == -signal.SIGKILL)
     wait(lambda: not any(map(alive, workers)), 20)          # nobody goes on writing
     if not (out / "train2017.json").exists(): return
     finished = load_index(out, "train2017")["shards"]
@@ -71,11 +72,13 @@ def kill_while_writing(many, out, seed):
     for file in out.glob("train2017-*.tfrecord"): assert file.read_bytes() == (many / "records" / file.name).read_bytes(), "half a file passes for a whole one"
 
 def survive(many, out, kills):
+    landed = []
     for seed in range(kills):
         before = {file.name: file.stat().st_mtime_ns for file in out.glob("train2017-*.tfrecord") if file.name in load_index(out, "train2017")["shards"]} if (out / "train2017.json").exists() else {}
-        kill_while_writing(many, out, seed)
+        kill_while_writing(many, out, seed, landed)
         assert before.items() <= {file.name: file.stat().st_mtime_ns for file in out.glob("train2017-*.tfrecord")}.items(), "what was finished is written again"
         if len(list(out.glob("train2017-*.tfrecord"))) >= 40 and seed < kills - 1: shutil.rmtree(out)
+    assert sum(landed) > kills // 2, "most of them came too late"
     run = start(many, out)
     said = run.communicate()[0].decode()
     assert run.returncode == 0, said
