@@ -28,7 +28,7 @@ test-slow: setup
 	$(BIN)/python tests/run.py --slow
 
 prepare: setup
-	$(BIN)/nbdev-export && $(BIN)/nbdev-test --save --n-workers 2 && $(BIN)/nbdev-clean
+	$(BIN)/nbdev-export && $(BIN)/nbdev-test --save --n-workers 2 && $(BIN)/nbdev-clean && $(BIN)/python tests/settle.py
 	$(BIN)/jupyter nbconvert --to markdown nbs/index.ipynb --output-dir . --output README --log-level WARN
 	sed -i.bak -E -e '1,/^```$$/s/^```$$/```python/' -e '/^```$$/N' -e '/^```\n#\| echo: false/,/^```/d' -e 's#\]\((images/|tutorials/|[0-9])#](nbs/\1#g' -e 's#\]\(\.\./#](#g' README.md && cat -s README.md > README.md.bak && mv README.md.bak README.md
 

@@ -208,3 +208,20 @@ def test_where_no_window_can_be_the_remedy_is_named(model, monkeypatch, tmp_path
 def test_a_camera_that_is_not_there_says_so(model, plug, tmp_path):
     plug()
     with pytest.raises(InputError, match="camera:0: no such camera"): command(model, "camera:0", "--headless", "--out", tmp_path / "out")
+
+def test_a_video_without_a_frame_is_refused_for_that(tmp_path, monkeypatch):
+    "It opens, knows its size and its rate, and has nothing to show."
+    from types import SimpleNamespace
+    from fcos_lite import video
+    (tmp_path / "hollow.mp4").write_bytes(b"a head without a body")
+    monkeypatch.setattr(video.cv2, "VideoCapture", lambda *_: SimpleNamespace(isOpened=lambda: True, read=lambda: (False, None), get=lambda what: 25.0, release=lambda: None))
+    with pytest.raises(InputError, match="hollow.mp4: a video without frames; record or convert it again"): Video(tmp_path / "hollow.mp4")
+
+def test_rate_and_latency_stand_on_the_picture(monkeypatch):
+    "In the left upper corner, in words; the picture that was given stays as it was, and below nothing changes."
+    said, image = [], np.full((240, 320, 3), 200, np.uint8)
+    monkeypatch.setattr(watch, "text_patch", lambda text, size, color, drawn=watch.text_patch: said.append(text) or drawn(text, size, color))
+    shown = watch.stamped(image, 12.345, 0.0678)
+    assert said == ["12.3 frames/s, 68 ms late"] and (image == 200).all()
+    changed = np.argwhere((shown != 200).any(-1))
+    assert len(changed) > 500 and changed.min(0).tolist() == [0, 0] and changed[:, 0].max() < 40

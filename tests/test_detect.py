@@ -223,3 +223,13 @@ def test_an_array_of_python_objects_is_no_weights(model, run, tmp_path):
         del file[found[0]]
         file.create_dataset(found[0], shape, h5py.string_dtype())
     with pytest.raises(InputError, match="objects.weights.h5"): load_weights(model, tmp_path / "objects.weights.h5")
+
+@pytest.mark.parametrize("display, power", [("score", 1), ("square_root", 1 / 2), ("cube_root", 1 / 3)])
+def test_what_is_drawn_is_the_score_or_its_root(display, power, monkeypatch):
+    "Words at the boxes; the result itself keeps its scores."
+    from fcos_lite import results
+    said, scores = [], np.float32([0.512, 0.064])
+    monkeypatch.setattr(results, "draw_boxes", lambda image, xyxy, labels, texts: said.extend(texts) or image)
+    found = results.Result(np.float32([[1, 2, 20, 30], [5, 5, 25, 25]]), scores, np.int32([0, 0]), ("person",), np.zeros((40, 40, 3), "uint8"), name="a").displayed(display)
+    found.draw()
+    assert said == [f"person {float(score) ** power:.2f}" for score in scores] and (found.score == scores).all()

@@ -1,8 +1,11 @@
 """What only a run can show: the same seed twice, scenes learned by heart, several classes, photographs' layout end to end."""
 import csv
 import json
+import random
+import signal
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 import h5py
@@ -50,6 +53,30 @@ def test_another_seed_is_another_network_with_other_pictures_in_another_order():
     assert not any(moved[0]) and sum(moved[1]) >= 10        # gains and biases begin alike
     assert epoch_order(16, 3, 0).tolist() == epoch_order(16, 3, 0).tolist() != epoch_order(16, 4, 0).tolist()
     assert not np.array_equal(Scenes(1, 3)[0].image, Scenes(1, 4)[0].image)
+
+@pytest.mark.slow
+def test_the_command_killed_at_random_moments_is_the_command_never_killed(tmp_path):
+    "Six lives of `python -m fcos_lite.train`, each killed by the system somewhere between two rows: weights, averages and rows bit for bit."
+    flags = [*TINY, "--scenes", 16, "--epochs", 14, "--batch-size", 4, "--accumulate", 3, "--average", 0.9, "--min-height", 16, "--max-height", 60, "--checkpoint-seconds", 0]
+    command("train", *flags, "--out", tmp_path / "peace")
+    chance, lives = random.Random(0), 0
+    argv = [*flags, "--out", tmp_path / "killed"]
+    for _ in range(6):
+        with subprocess.Popen([sys.executable, "-m", "fcos_lite.train", *map(str, argv)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as life:
+            table = tmp_path / "killed" / "metrics.csv"
+            count = lambda: len(table.read_text().splitlines()) if table.exists() else 0
+            before = count()
+            while count() <= before and life.poll() is None: time.sleep(0.005)
+            time.sleep(chance.uniform(0, 0.4))
+            life.kill()
+        lives += life.returncode == -signal.SIGKILL
+        argv = ["--resume", tmp_path / "killed"]
+    assert lives >= 4, "most of them must not come too late"
+    command("train", "--resume", tmp_path / "killed")
+    assert rows(tmp_path / "killed") == rows(tmp_path / "peace") and len(rows(tmp_path / "peace")) == 14
+    for name in ("last", "last-average", "best"):
+        ours, theirs = (arrays(tmp_path / run / f"{name}.weights.h5") for run in ("killed", "peace"))
+        assert ours.keys() == theirs.keys() and all(np.array_equal(ours[key], theirs[key]) for key in theirs), name
 
 def test_photographs_layout_end_to_end(tmp_path, capsys):
     "A COCO folder goes in; weights, figures and drawn pictures come out, by all three commands."

@@ -170,6 +170,20 @@ def test_both_readers_give_equal_batches_from_any_position(kept, batch_size, see
         for i in range(start, len(ours)): equal(next(theirs), ours[i])
     assert next(theirs, None) is None
 
+def test_the_stream_names_a_shard_that_is_another_one(kept, tmp_path):
+    "One bit in the middle of a picture; TensorFlow would say that something is corrupt somewhere, and of a foreign shard nothing."
+    shutil.copytree(kept["jpeg"], tmp_path / "records")
+    records = Records(tmp_path / "records", "train2017")
+    stream(records, 4)
+    victim = sorted((tmp_path / "records").glob("*.tfrecord"))[2]
+    whole = bytearray(victim.read_bytes())
+    whole[len(whole) // 2] ^= 1
+    victim.write_bytes(whole)
+    with pytest.raises(InputError, match=victim.name): stream(records, 4)
+    stream(records, 4, verified=False)
+    victim.unlink()
+    with pytest.raises(InputError, match=f"{victim.name}: missing"): stream(records, 4, verified=False)
+
 WITHOUT = """
 import sys
 sys.modules["tensorflow"] = None
@@ -316,6 +330,19 @@ def test_trained_out_of_records_killed_and_resumed_it_is_the_network_of_the_phot
     assert float(one["val_loss"]) > 0
     figures = [json.loads((tmp_path / name / "evaluation.json").read_text()) for name in ("coco", "records")]
     for name in ("AP", "APs", "APm", "APl", "images", "boxes"): assert figures[0][name] == pytest.approx(figures[1][name], abs=1e-4), name
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("jax") is None, reason="JAX is not installed")
+def test_packs_are_trained_on_where_there_is_no_tensorflow(photographs, tmp_path):
+    "Several pieces, on JAX, in a process that cannot import TensorFlow."
+    data.main(["pack", "--coco", str(photographs / "coco"), "--out", str(tmp_path / "packs"), "--image-size", "64", "--max-mb", "0.02"])
+    pieces = sorted((tmp_path / "packs").glob("*"))
+    assert len([piece for piece in pieces if piece.name.startswith("train2017")]) > 1
+    code = "import sys; sys.modules['tensorflow'] = None; from fcos_lite.train import main; main(sys.argv[1:])"
+    environment = {**os.environ, "KERAS_BACKEND": "jax", "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", code, *TRAIN, "--coco", *map(str, pieces), "--out", str(tmp_path / "run")], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert all(np.isfinite(float(row["loss"])) for row in rows(tmp_path / "run")) and json.loads((tmp_path / "run" / "evaluation.json").read_text())["images"] == 6
 
 def test_a_record_that_broke_is_named_and_a_folder_without_a_shard_is_refused(photographs, tmp_path):
     folder = tmp_path / "records"

@@ -165,7 +165,7 @@ class Recorder:
     def save_weights(self, model, name): self.saved.append(name)
 
 def test_the_source_stops_after_seven_evaluations_without_a_better_one():
-    "And has kept the best; the mean of the three validation losses, which the document watches, would have chosen the same."
+    "And has kept the best. The document watches the mean of the three validation losses, a third of our sum of them: it chooses the same."
     report, recorder = Report(recorder := Recorder(), [], SOURCE_RECIPE, [100]), recorder
     report.set_model(type("Model", (), {"stop_training": False})())
     parts = np.array([[3, 2, 1], [2, 2, 1], *[[2, 2, 1.5]] * 7])
@@ -173,4 +173,3 @@ def test_the_source_stops_after_seven_evaluations_without_a_better_one():
         assert not report.enough, epoch
         report.judge({"val_loss": values.sum()})
     assert report.enough and recorder.saved == ["best", "best"]
-    assert parts.sum(1).argmin() == parts.mean(1).argmin() == 1
