@@ -107,7 +107,7 @@ def measure(size, batch_size, threads, rounds, tiny):
         small, folder = ["--tiny"] if tiny else [], Path(folder)
         write_all(folder, size, batch_size, tiny)
         row = {"megabytes": sizes(folder), "threads": {str(n): in_process("--image-size", size, "--batch-size", batch_size, "--threads", n, "--rounds", rounds, "--folder", folder, *small) for n in threads}}
-        return {**row, "cold": cold(folder, min(rounds, 5))} if batch_size == 1 else row
+        return {**row, "cold": cold(folder, min(rounds, 3))} if batch_size == 1 else row
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__)

@@ -144,7 +144,7 @@ def exports(rounds, rehearse):
     results = {}
     for size in (64,) if rehearse else (256, 320, 512):
         for batch_size in (1,) if rehearse else (1, 8):
-            row = in_a_process("export.py", "tensorflow", "--image-size", size, "--batch-size", batch_size, "--rounds", 1 if rehearse else rounds, *(["--tiny"] if rehearse else []))
+            row = in_a_process("export.py", "tensorflow", "--image-size", size, "--batch-size", batch_size, "--rounds", 1 if rehearse else rounds if batch_size == 1 else max(3, rounds // 3), *(["--tiny"] if rehearse else []))
             results.setdefault(str(size), {})[str(batch_size)] = row
             print("export", size, batch_size, row, flush=True)
     return results
