@@ -51,7 +51,8 @@ def document_losses(outputs, boxes, image_size):
     "Classification, distances and centerness of a batch; the outputs of all levels come in one row, finest first."
     cls = reg = ctr = positives = centers = 0.0
     for picture in range(boxes.shape[0]):
-        rows, first = boxes[picture].to_tensor() if isinstance(boxes[picture], tf.RaggedTensor) else boxes[picture], 0
+        rows, first = boxes[picture], 0
+        rows = rows.to_tensor(shape=(None, 5)) if isinstance(rows, tf.RaggedTensor) else tf.reshape(rows, (-1, 5))      # of a picture without people, no row
         for cls_target, reg_target, ctr_target in zip(*document_targets(rows[:, 1:], rows[:, 0], image_size)):
             count = cls_target.shape[0] * cls_target.shape[1]
             part = slice(first, first + count)
