@@ -525,6 +525,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                'fcos_lite.nms.find_rivals': ('nms.html#find_rivals', 'fcos_lite/nms.py'),
                                'fcos_lite.nms.first_of_class': ('nms.html#first_of_class', 'fcos_lite/nms.py'),
                                'fcos_lite.nms.greedy': ('nms.html#greedy', 'fcos_lite/nms.py'),
+                               'fcos_lite.nms.greedy_among': ('nms.html#greedy_among', 'fcos_lite/nms.py'),
                                'fcos_lite.nms.judge': ('nms.html#judge', 'fcos_lite/nms.py'),
                                'fcos_lite.nms.nms': ('nms.html#nms', 'fcos_lite/nms.py'),
                                'fcos_lite.nms.overlap_more': ('nms.html#overlap_more', 'fcos_lite/nms.py')},

@@ -148,3 +148,17 @@ def test_jax_gives_the_same(tmp_path):
     answer = np.load(tmp_path / "answer.npz")
     for which in COMPILED:
         for name, value in ours(*drawn(which)).items(): np.testing.assert_array_equal(answer[f"{name}{which}"], value, err_msg=f"{name} of kind {which}")
+
+def test_the_short_way_is_the_long_way(monkeypatch):
+    "None alive, few, as many as fit, one more, all: the same boxes, whether two hundred or a thousand candidates are judged."
+    from fcos_lite import nms as module
+    rng = np.random.default_rng(0)
+    corner = rng.uniform(0, 200, (3, 900, 2))
+    boxes = np.concatenate([corner, corner + rng.uniform(5, 60, corner.shape)], -1).astype("float32")
+    scores = rng.uniform(0, 1, (3, 900, 2)).astype("float32")
+    ranked = np.sort(scores.reshape(3, -1), 1)[:, ::-1]
+    limits = [1.0, float(ranked[:, 30].max()), float(ranked[:, module.FEW].max()), float(ranked[:, module.FEW].min()), float(ranked[:, module.FEW + 1].min()), 0.0]
+    for limit in limits:
+        found = [{name: np.array(value) for name, value in module.nms(boxes, scores, 0.5, np.float32(limit), 100, 1000).items()} for monkeypatch_few in (200, 10_000) if monkeypatch.setattr(module, "FEW", monkeypatch_few) is None]
+        for name in found[0]: np.testing.assert_array_equal(found[0][name], found[1][name], err_msg=f"{limit} {name}")
+    assert found[0]["kept"].any()
