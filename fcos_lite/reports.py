@@ -130,8 +130,8 @@ class Report(keras.callbacks.Callback):
 
     def speed(self):
         seconds = time.time() - self.epoch_started
-        rate, now = float(keras.ops.convert_to_numpy(self.model.optimizer.learning_rate)), self.model.recipe
-        two = {"learning_rate_fpn": now.pace_fpn * rate, "learning_rate_heads": now.pace_heads * rate} if self.paced else {}
+        rate = float(keras.ops.convert_to_numpy(self.model.optimizer.learning_rate))
+        two = {"learning_rate_fpn": self.model.recipe.pace_fpn * rate, "learning_rate_heads": self.model.recipe.pace_heads * rate} if self.paced else {}
         return {"learning_rate": rate, **two, "memory_mb": most_resident(),
                 "images_per_second": (self.step - self.epoch_step) * self.recipe.batch_size / seconds, "overflows": overflows(self.model.optimizer)}
 
