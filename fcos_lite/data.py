@@ -17,7 +17,7 @@ from .packs import main as pack
 from .readers import parts_in, read_dataset
 from .records import Storage
 from .shards import counted, parts_of, verify, write_records
-from .splits import apart, hold_out, with_negatives
+from .splits import hold_out, with_negatives, without_copies
 
 # %% ../nbs/20a_data.ipynb #363f2b15
 def read_part(arguments, part): # Examples
@@ -43,8 +43,7 @@ def read_parts(arguments): # {part: Examples}
         parts = {first: rest, aside: Examples(held, held.class_names)}
     for part in [part for part in parts if not part.startswith("val")]:
         for other in [other for other in parts if other.startswith("val")]:
-            parts[part], copies = apart(parts[part], parts[other])
-            for copy, twin in copies: parts[part].report.skip(f"copy of a picture of {other}", f"{copy.image} is {twin.image}")
+            parts[part], copies = without_copies(parts[part], parts[other], other)
             if copies: print(f"  {counted(len(copies), 'picture')} of {part} left out: in {other} too, the first is {copies[0][0].image}", flush=True)
     return parts
 

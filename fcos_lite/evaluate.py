@@ -20,11 +20,11 @@ import numpy as np
 from matplotlib.figure import Figure
 from .batches import Batches
 from .config import COCO_EVALUATION, SOURCE_EVALUATION, InputError, add_flags, check, run_command, with_flags
-from .readers import read_dataset
 from .images import Letterbox
 from .metrics import best_cut, coco_evaluation, outcomes, precision_recall, ranking, source_map75, worst
 from .model import FCOS, collect, fill
 from .nms import decode, nms
+from .readers import read_dataset
 from .scenes import Scenes, World
 from .visualize import PALETTE, draw_boxes, grid
 

@@ -59,7 +59,7 @@ def pack(
 ): # [Path of a piece]
     "Examples as pieces of a fixed weight, each a COCO folder, all of them or none; raises `InputError` where one is there already."
     check(image_size >= 1 and max_mb > 0 and 1 <= quality <= 100, f"image_size {image_size}, max_mb {max_mb}, quality {quality}: sizes are above 0, and quality lies in 1..100")
-    out, pieces, rows, weight, report = Path(out), [], [], 0, getattr(examples, "report", None) or Report("the examples")
+    out, pieces, rows, weight, report = Path(out), [], [], 0, getattr(examples, "report", None) or Report("the examples", pictures=len(examples))
     check(not list(out.glob(f"{part}-*")), f"{out}: holds pieces of {part} already; choose another folder, or take them away")
     def close():
         pieces.append(out / f"{part}-{len(pieces):03d}")
@@ -83,8 +83,8 @@ def pack(
         stop_past(report, max_bad_share)
         if rows: close()
     except BaseException as error:
-        for piece in out.glob(f"{part}-*"): shutil.rmtree(piece)
-        for aside in out.glob(f".{part}-*.partial"): shutil.rmtree(aside)
+        for piece in pieces:
+            for folder in (piece, piece.with_name(f".{piece.name}.partial")): shutil.rmtree(folder, ignore_errors=True)
         if isinstance(error, OSError): raise InputError(f"{out}: cannot be written ({error.strerror}); make room, or choose another folder") from None
         raise
     return pieces

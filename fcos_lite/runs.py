@@ -62,8 +62,8 @@ def clear_for_run(
     check((path / "config.json").is_file(), f"--out {path}: --force replaces earlier runs only, and this folder holds none (it has no config.json)")
     aside = path.with_name(f".{path.name}.replaced")
     with locked(path):
-        shutil.rmtree(aside, ignore_errors=True)
-        os.replace(path, aside)
+        if aside.exists(): shutil.rmtree(path)      # of a start that was killed before it began: what it was to replace still waits there
+        else: os.replace(path, aside)
     return aside
 
 # %% ../nbs/18_runs.ipynb #36012883

