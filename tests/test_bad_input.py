@@ -1,5 +1,7 @@
 """What a user hands over is checked where it enters: each case stops with a sentence that names the file, the field and the remedy, or is skipped, counted and reported."""
+import errno
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -9,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from fcos_lite import detect, evaluate, train
+from fcos_lite import detect, evaluate, packs, train
 from fcos_lite.batches import Batches
 from fcos_lite.config import SCRATCH_RECIPE, InputError, Network
 from fcos_lite.formats import read_coco, write_coco
@@ -299,6 +301,29 @@ def test_learned_and_measured_pictures_are_apart_whatever_their_names(coco):
     shutil.copy(sorted((coco / "val2017").iterdir())[0], pictures(coco)[0])
     with_it, validation = train.read_data([coco], ("person",), None, 0.1)
     assert len(with_it) == 7 and len(validation) == 4 and with_it.report.skipped["copy of a picture of val2017"] == 1
+
+def test_a_pack_is_whole_or_not_there(coco, tmp_path, monkeypatch):
+    "A picture that breaks on the way, and a disk that is full after two pieces; what else is in the folder stays."
+    out, shrink, write_piece, written = tmp_path / "out", packs.shrink, packs.write_piece, []
+    out.mkdir()
+    (out / "diary.txt").write_text("mine")
+    def torn(example, size):
+        if example.image_id == 3: raise InputError("3.jpg: the picture breaks off")
+        return shrink(example, size)
+    def full(folder, *arguments):
+        if len(written) == 2: raise OSError(errno.ENOSPC, "No space left on device")
+        written.append(folder)
+        write_piece(folder, *arguments)
+    def command(*flags): packs.main(["--coco", str(coco), "--out", str(out), "--parts", "train2017", "--image-size", "32", "--max-mb", "0.002", *flags])
+    monkeypatch.setattr(packs, "shrink", torn)
+    said = message(command)
+    assert "1 of 8 pictures cannot be used" in said and "picture that cannot be decoded; first: 3.jpg" in said and os.listdir(out) == ["diary.txt"]
+    monkeypatch.setattr(packs, "write_piece", full)
+    assert f"{out}: cannot be written (No space left on device); make room" in message(lambda: command("--max-bad-share", "0.2"))
+    assert len(written) == 2 and os.listdir(out) == ["diary.txt"]
+    monkeypatch.setattr(packs, "write_piece", write_piece)
+    command("--max-bad-share", "0.2")
+    assert [e.image_id for e in packs.read_several(sorted(out.glob("train2017-*")), "train2017")] == [1, 2, 4, 5, 6, 7, 8]
 
 @pytest.fixture(scope="session")
 def weights(tmp_path_factory):
