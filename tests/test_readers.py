@@ -512,18 +512,18 @@ FUZZED = {"COCO": ["annotations/instances_train.json"], "YOLO": ["data.yaml", "l
 
 @contextlib.contextmanager
 def within(seconds):
-    "Raises where something takes longer (an endless loop) or more than 50 MB of memory."
+    "Raises where something takes longer (an endless loop; by the clock of the processor, for a machine may be busy, or asleep) or more than 50 MB of memory."
     def stop(*_): raise TimeoutError(f"more than {seconds} s")
-    before = signal.signal(signal.SIGALRM, stop)
-    signal.alarm(seconds)
+    before = signal.signal(signal.SIGPROF, stop)
+    signal.setitimer(signal.ITIMER_PROF, seconds)
     tracemalloc.start()
     try:
         yield
         assert tracemalloc.get_traced_memory()[1] < 50e6
     finally:
         tracemalloc.stop()
-        signal.alarm(0)
-        signal.signal(signal.SIGALRM, before)
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        signal.signal(signal.SIGPROF, before)
 
 def sound(examples):
     "What the rest of the library believes of examples, whoever read them."
