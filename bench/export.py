@@ -14,6 +14,7 @@ from pathlib import Path
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
 HERE = Path(__file__).resolve().parent
+PAUSE = 0.05    # seconds
 KINDS = (("saved_model", "float32"), ("litert", "float32"), ("litert", "float16"), ("litert", "int8"), ("onnx", "float32"), ("onnx", "int8"))
 PEAK = "; import re; print(re.search(r'VmHWM:\\s+(\\d+)', open('/proc/self/status').read())[1])"      # kilobytes (Linux); what the parent is told of a child counts the parent's own
 KERAS = "import sys; from fcos_lite import FCOS; print(FCOS.from_preset(sys.argv[1]).detect(sys.argv[2]))" + PEAK   # at the size of the weights
@@ -25,10 +26,15 @@ def timed(function):
     return time.perf_counter() - started
 
 def in_turns(functions, rounds):
-    "The median seconds of each of some functions, called in turns after a first call of each."
+    "The median seconds of each of some functions, called in turns after a first call of each. Every round begins with another one, and each call after a pause: a runtime's threads go on turning for a moment when it is done."
     for function in functions: function()
-    rows = [[timed(function) for function in functions] for _ in range(rounds)]
-    return [statistics.median(column) for column in zip(*rows)]
+    seconds = [[] for _ in functions]
+    for first in range(rounds):
+        for k in range(len(functions)):
+            time.sleep(PAUSE)
+            this = (first + k) % len(functions)
+            seconds[this].append(timed(functions[this]))
+    return [statistics.median(column) for column in seconds]
 
 def detector(size, tiny):
     "The shipped detector, or a tiny one, at a size; and the file of its weights."
@@ -60,7 +66,7 @@ def side_by_side(folder, size, batch_size, threads, rounds, tiny):
     "Seconds of Keras' `detect` and of every export on the same pictures, and how many times faster each export is."
     import tensorflow as tf
     tf.config.threading.set_intra_op_parallelism_threads(threads)
-    tf.config.threading.set_inter_op_parallelism_threads(1)
+    tf.config.threading.set_inter_op_parallelism_threads(threads)
     from fcos_lite.exported import Exported
     from fcos_lite.scenes import Scenes, World
     model, _ = detector(size, tiny)
