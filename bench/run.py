@@ -227,7 +227,7 @@ def main():
                                     f"{table(results)}\n\n{LEGEND}\n", encoding="utf-8")
     print(table(results))
 
-LEGEND = """Pairs are measured in turns; a ratio is that of medians, but for *the whole of `fit`*, where few rounds are possible: there it is that of the best of each. *The whole of `fit`* reads JPEG files, letterboxes, augments, assigns targets, steps and keeps its metrics, with the `scratch` recipe and batches of 8 at 256², its own, and of 4 at 512²; *bare* is
+LEGEND = """Each part is a run of its own, and not all were made on the same day; only the two things of one row are comparable. Pairs are measured in turns; a ratio is that of medians, but for *the whole of `fit`*, where few rounds are possible: there it is that of the best of each. *The whole of `fit`* reads JPEG files, letterboxes, augments, assigns targets, steps and keeps its metrics, with the `scratch` recipe and batches of 8 at 256², its own, and of 4 at 512²; *bare* is
 the network's forward and backward pass on one batch that is there already. *The document's loop* (document_loop.py) is eager, reads its PNG records, loops over the boxes of each picture, prints each step,
 clips each tensor and has two optimizers; its network is ours. It throws every ninth micro-batch away: per picture that it learns from, it is slower by nine eighths.
 *Input* (data.py) is measured alone, through whole epochs, from closed files to batches of 4 with pictures, boxes and labels. The photographs are grainy scenes of 640 x 480; the records hold squares of the size that is trained, of JPEG

@@ -16,7 +16,8 @@ TINY = """--image-size 32 --strides 16 32 --stem-filters 8 --stem-groups 2 --bac
 STAGES = ["--stage", "name=still pictures=0:4 epochs=9 peak_rate=0 final_rate=0", "--stage", "pictures=4:8 epochs=2 peak_rate=0.01",
           "--stage", "name=all epochs=1 peak_rate=1e-3 constant=yes pace_heads=10 freeze=fpn"]
 PATIENT = ["--patience", "2", "--monitor", "val_loss", "--average", "0.5"]
-STEPS = 3 * 2 + 2 * 2 + 5
+BEGIN = [*TINY, *STAGES, *PATIENT, "--scenes", "11", "--accumulate", "4"]
+STEPS = 3 * 2 + 2 * 2 + 5       # 11 pictures are five batches of two
 
 class Killed(BaseException):
     "No handler catches this one, as none catches a kill."
@@ -70,8 +71,7 @@ def lives(home):
     def files(folder): return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
 
     peace, killed = home / "peace", home / "killed"
-    begin = [*TINY, *STAGES, *PATIENT, "--scenes", "11", "--accumulate", "4"]
-    assert life([*begin, "--out", str(peace)]) is None
+    assert life([*BEGIN, "--out", str(peace)]) is None
     seen["steps"], ends = now["steps"], now["ends"]
     seen["rows"] = rows(peace)
     seen["updates"] = [int(ends[stage]["optimizer/0/iteration"]) for stage in range(3)]
@@ -81,7 +81,7 @@ def lives(home):
     seen["of"] = len(weights(0))
 
     deaths = [dict(step=5), dict(prepare=1), dict(step=7, seconds=1e9), dict(step=9), dict(full=13, seconds=1e9), {}]
-    seen["deaths"], seen["lived"], argv = [], [], [*begin, "--out", str(killed)]
+    seen["deaths"], seen["lived"], argv = [], [], [*BEGIN, "--out", str(killed)]
     for death in deaths:
         seen["deaths"].append(life(argv, **death))
         seen["lived"].append(now["steps"])
@@ -240,7 +240,7 @@ def test_a_real_kill_between_stages_and_inside_one(tmp_path):
                     process.send_signal(signal.SIGKILL)
                     break
         assert process.returncode == (-signal.SIGKILL if until else 0)
-    begin = [*TINY, *STAGES, *PATIENT, "--checkpoint-seconds", "0"]
+    begin = [*BEGIN, "--checkpoint-seconds", "0"]
     command([*begin, "--out", str(tmp_path / "peace")])
     command([*begin, "--out", str(tmp_path / "killed")], "this stage ends")
     command(["--resume", str(tmp_path / "killed")], "stage 2, epoch 4")
