@@ -120,7 +120,7 @@ class Report(keras.callbacks.Callback):
     def is_last(self): return self.clock.left <= 0 if self.clock else self.step - self.began >= self.steps[self.now]
 
     def minutes_left(self):
-        if self.clock: return self.clock.left
+        if self.clock: return max(0.0, self.clock.left)
         return (time.time() - self.started) / max(1, self.step - self.first_step) * (self.began + sum(self.steps[self.now:]) - self.step) / 60
 
     def foretell(self, seconds): # of a step
