@@ -462,6 +462,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                   'fcos_lite.memory.Footprint.growth': ('memory.html#footprint.growth', 'fcos_lite/memory.py'),
                                   'fcos_lite.memory.Footprint.on_train_batch_end': ( 'memory.html#footprint.on_train_batch_end',
                                                                                      'fcos_lite/memory.py'),
+                                  'fcos_lite.memory.keep_freed_memory': ('memory.html#keep_freed_memory', 'fcos_lite/memory.py'),
                                   'fcos_lite.memory.limit_gpu_memory': ('memory.html#limit_gpu_memory', 'fcos_lite/memory.py'),
                                   'fcos_lite.memory.most_resident': ('memory.html#most_resident', 'fcos_lite/memory.py'),
                                   'fcos_lite.memory.resident': ('memory.html#resident', 'fcos_lite/memory.py')},

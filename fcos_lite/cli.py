@@ -34,4 +34,5 @@ def main(argv=None):
         wants_help = command in ("-h", "--help")
         print(usage(), file=sys.stdout if wants_help else sys.stderr)
         sys.exit(0 if wants_help else 2)
-    run_command(lambda: importlib.import_module(f"fcos_lite.{command}").main(rest))
+    if argv is None: sys.argv[1:] = rest     # the process is the command's own, and its `main` may know it
+    run_command(lambda: importlib.import_module(f"fcos_lite.{command}").main(argv and rest))

@@ -213,7 +213,7 @@ CURRICULUM = {"training_pictures": 38_800, "validation_pictures": 1_200, "chunk_
 SCRATCH_RECIPE = Recipe(
     level_rule="relative_area", center_radius=1.5, crowd="ignore", ltrb_weighting="centerness", centerness_normalizer="positives",
     batch_size=8, accumulate=1, peak_rate=1e-3, final_rate=2e-5, warmup_steps=200, weight_decay=0.05,
-    flip=0.5, epochs=30, patience=0, monitor="AP")
+    flip=0.5, zoom=(0.75, 1.33), epochs=30, patience=0, monitor="AP")
 
 # %% ../nbs/00_config.ipynb #a3c630cc
 LONG_RECIPE = dataclasses.replace(SCRATCH_RECIPE, batch_size=32, peak_rate=1.5e-3, zoom=(0.5, 1.5), color=0.3, mosaic=0.2, epochs=300)

@@ -14,14 +14,15 @@ import matplotlib.cbook
 from . import train
 from .config import SOURCE_CAMERA, run_command
 from .detect import detect_files, write_found
+from .memory import keep_freed_memory
 from .model import FCOS
 from .scenes import Scenes, World
 from .visualize import draw_boxes, grid
 
 # %% ../nbs/20_demo.ipynb #a8134e4f
-WORLD = World(size=96, min_height=33, max_height=82, max_people=2, max_dogs=1, max_balls=1, max_things=3, min_visible=0.7)
-FLAGS = ("--image-size 96 --min-height 33 --max-height 82 --max-people 2 --max-dogs 1 --max-balls 1 --max-things 3 --min-visible 0.7 "
-         "--scenes 2500 --epochs 4 --batch-size 8 --peak-rate 2e-3 --level-rule area --scale-start 1 --ltrb-bias 0 --evaluate-every 4").split()
+WORLD = World(size=96, min_height=36, max_height=82, max_people=2, max_dogs=1, max_balls=1, max_things=3, min_visible=0.7)
+FLAGS = ("--image-size 96 --min-height 36 --max-height 82 --max-people 2 --max-dogs 1 --max-balls 1 --max-things 3 --min-visible 0.7 "
+         "--scenes 2200 --epochs 4 --batch-size 8 --peak-rate 2e-3 --warmup-steps 100 --zoom 1 1 --level-rule area --scale-start 1 --ltrb-bias 0 --evaluate-every 4").split()
 
 # %% ../nbs/20_demo.ipynb #3f7cb18a
 def write_unseen(
@@ -54,6 +55,7 @@ def main(argv=None):
     parser = argparse.ArgumentParser("python -m fcos_lite.demo", description="Learn from drawn scenes, measure, and look at ten others and a photograph.")
     parser.add_argument("--out", type=Path, default=Path("runs/demo"), metavar="DIR", help="an earlier demo in it is replaced (default: %(default)s)")
     out = parser.parse_args(argv).out
+    if argv is None: keep_freed_memory()   # the process is our own
     print(f"1/3 learning; progress is kept in {out}/log.txt", flush=True)
     result = train.main([*FLAGS, "--out", str(out), "--force"])
     print("2/3 looking at pictures that it has never met", flush=True)

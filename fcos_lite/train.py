@@ -26,7 +26,7 @@ from .evaluate import evaluate
 from .finetuning import start_from
 from .formats import Examples
 from .guards import Guard, explain_memory, memory, precision_of
-from .memory import limit_gpu_memory
+from .memory import keep_freed_memory, limit_gpu_memory
 from .packs import read_several
 from .processes import SharedCheckpoint, alone, folder_of, run_of, seen_by
 from .readers import has_part
@@ -227,6 +227,7 @@ def reopen(
 def main(argv=None): # the evaluation, as `evaluation.json` holds it; None without one
     "The command `python -m fcos_lite.train`."
     arguments = parser().parse_args(argv)
+    if argv is None: keep_freed_memory()   # the process is our own
     limit = arguments.gpu_memory_limit
     if arguments.resume and limit is None:
         with contextlib.suppress(OSError, ValueError, AttributeError):   # `reopen` says what is wrong with it

@@ -104,7 +104,7 @@ def learn_by_heart(examples, class_names, image_size, steps, seed=0):
     from fcos_lite.model import FCOS
     from fcos_lite.training import compile_for_training
     keras.utils.set_random_seed(seed)
-    recipe = replace(SCRATCH_RECIPE, batch_size=len(examples), flip=0.0, brightness=0.0, noise=0.0, weight_decay=0.0, warmup_steps=20)
+    recipe = replace(SCRATCH_RECIPE, batch_size=len(examples), flip=0.0, brightness=0.0, noise=0.0, zoom=(1, 1), weight_decay=0.0, warmup_steps=20)
     model = FCOS(replace(SOURCE, image_size=image_size, class_names=class_names), recipe)
     compile_for_training(model, steps)
     batch = Batches(examples, len(examples), image_size)[0]
