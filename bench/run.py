@@ -108,9 +108,9 @@ def group_norm(rounds, size=256, batch_size=8):
     row = side_by_side(passes(keras.layers.GroupNormalization(32)), passes(GroupNorm(32)), rounds)
     return {"keras_seconds": row["seconds"], "seconds": row["bare_seconds"], "keras_over_ours": row["ratio"]}
 
-def in_a_process(script, backend, *words):
+def in_a_process(script, backend, *words, **environment):
     "The line of JSON that another script prints."
-    done = subprocess.run([sys.executable, str(HERE / script), *map(str, words)], env={**os.environ, "KERAS_BACKEND": backend}, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, str(HERE / script), *map(str, words)], env={**os.environ, "KERAS_BACKEND": backend, **environment}, capture_output=True, text=True)
     if done.returncode: sys.exit(done.stderr)
     return json.loads(done.stdout.splitlines()[-1])
 
@@ -149,6 +149,17 @@ def exports(rounds, rehearse):
             print("export", size, batch_size, row, flush=True)
     return results
 
+def allocator(rounds, rehearse):
+    "A step of the command as it is, and with memory that goes back to the system as glibc has it by itself, in processes that take turns: see allocator.py."
+    results = {}
+    for size in (64,) if rehearse else (96, 256):
+        words = "allocator.py", "tensorflow", "--image-size", size, "--steps", 5 if rehearse else 20
+        pairs = [(in_a_process(*words), in_a_process(*words, MALLOC_MMAP_MAX_="65536")) for _ in range(1 if rehearse else min(3, rounds))]
+        kept, habit = ({name: statistics.median(row[name] for row in column) for name in column[0]} for column in zip(*pairs))
+        results[str(size)] = {"kept": kept, "given_back": habit, "ratio": round(habit["seconds"] / kept["seconds"], 3)}
+        print("allocator", size, results[str(size)], flush=True)
+    return results
+
 def machine():
     info = Path("/proc/cpuinfo")
     name = next((line.split(":")[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")), "") if info.exists() else platform.processor()
@@ -163,6 +174,9 @@ def table(results):
     for size, row in results.get("training", {}).get("tensorflow", {}).items():
         lines.append(f"| the document's loop, eager / the whole of `fit`, {size}² | {row['document_over_ours']:.2f} × | |")
         lines.append(f"| the same, of the pictures that it does not throw away, {size}² | {row['document_over_ours_used']:.2f} × | |")
+    for size, row in results.get("allocator", {}).items():
+        shares = " and ".join(f"{row[name]['system']:.0%}" for name in ("given_back", "kept"))
+        lines.append(f"| step of `python -m fcos_lite.train`: what it frees is given back to the system / kept, batch 8, {size}²; the system's share of the processor's time {shares} | {row['ratio']:.2f} × | |")
     for size, row in results.get("training_step", {}).items(): lines.append(f"| training step / bare forward and backward, {size}² | {row['ratio']:.2f} × | ≤ 1.10 × |")
     for size, row in results.get("detect", {}).items(): lines.append(f"| `detect` end to end / bare forward, {size}² | {row['ratio']:.2f} × | ≤ 1.10 × |")
     for count, row in results.get("targets", {}).items():
@@ -205,7 +219,7 @@ def targets(results, rounds):
         print(count, results["targets"][str(count)], flush=True)
 
 NAMES = {"tensorflow": "TensorFlow", "jax": "JAX"}
-APART = {"training": ("training", whole_loop), "data": ("data", data), "detect": ("camera", camera), "export": ("export", exports)}   # flag: its key in results.json, and what measures it
+APART = {"training": ("training", whole_loop), "data": ("data", data), "detect": ("camera", camera), "export": ("export", exports), "allocator": ("allocator", allocator)}   # flag: its key in results.json, and what measures it
 PARTS = ("step", "targets", "norm", *APART)
 
 def main():
@@ -231,6 +245,7 @@ def main():
 LEGEND = """Each part is a run of its own, and not all were made on the same day; only the two things of one row are comparable. Pairs are measured in turns; a ratio is that of medians, but for *the whole of `fit`*, where few rounds are possible: there it is that of the best of each. *The whole of `fit`* reads JPEG files, letterboxes, augments, assigns targets, steps and keeps its metrics, with the `scratch` recipe and batches of 8 at 256², its own, and of 4 at 512²; *bare* is
 the network's forward and backward pass on one batch that is there already. *The document's loop* (document_loop.py) is eager, reads its PNG records, loops over the boxes of each picture, prints each step,
 clips each tensor and has two optimizers; its network is ours. It throws every ninth micro-batch away: per picture that it learns from, it is slower by nine eighths.
+*What it frees* (allocator.py): glibc's allocator gives large tensors back to the system and gets them again, page by page, in the next step; the command tells it to keep them. The bare pass and `fit` above are measured with glibc's habits, as in a notebook.
 *Input* (data.py) is measured alone, through whole epochs, from closed files to batches of 4 with pictures, boxes and labels. The photographs are grainy scenes of 640 x 480; the records hold squares of the size that is trained, of JPEG
 quality 90 or of PNG; the step is that of the `source` network with the `scratch` recipe.
 *Exports* (export.py) are the shipped detector: from pictures of 640 x 480 to boxes in their pixels, with the runtime's own threads set to what is said; `detect` is Keras' on TensorFlow with as many. Each round begins with another format, and each call after a pause, for a runtime's threads go on turning for a moment. Values above 1 are faster than `detect`. *`detect` end to end* is from a JPEG file of 640 x 480 to its boxes, by the shipped weights.
