@@ -62,7 +62,7 @@ def paint(
 
 def move_boxes(
     boxes,    # (B, M, 4) xyxy, pixels of the picture
-    labels,   # (B, M) class indices; -1 padding, -2 crowd
+    labels,   # (B, M) class indices; -1 padding, -2 - k crowd of class k
     tile,     # Tile
     source,   # P, side of the picture, pixels
     min_kept, # share of a box's area that must still be seen, in [0, 1]
@@ -73,7 +73,7 @@ def move_boxes(
     moved = (boxes - start) / step
     cut = ops.minimum(ops.maximum(moved, low), high)
     kept = area(cut) / ops.maximum(area(moved), 1e-6)
-    return cut, ops.where(kept > ops.where(labels == -2, 0.0, ops.maximum(min_kept, 1e-6)), labels, -1)
+    return cut, ops.where(kept > ops.where(labels < -1, 0.0, ops.maximum(min_kept, 1e-6)), labels, -1)
 
 # %% ../nbs/07_augment.ipynb #365622af
 def assemble(
@@ -201,7 +201,7 @@ class Augment(layers.Layer):
     def call(self,
         image,  # (B, S, S, 3) in [0, 1]
         boxes,  # (B, M, 4) xyxy, pixels
-        labels, # (B, M) class indices; -1 padding, -2 crowd
+        labels, # (B, M) class indices; -1 padding, -2 - k crowd of class k
     ): # image in [0, 1]; boxes and labels, of four times as many rows with a mosaic
         batch = ops.shape(image)[0]
         if self.zoom != (1, 1) or self.mosaic: image, boxes, labels = assemble(image, boxes, labels, self.tiles(batch, image.shape[1]), image.shape[1], self.min_kept)

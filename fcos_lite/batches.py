@@ -19,7 +19,7 @@ from .images import Example, Letterbox
 # %% ../nbs/06_batches.ipynb #b9cccf08
 def pad_boxes(
     boxes,  # (N, 4) xyxy, pixels
-    labels, # (N,) class indices, -2 crowd
+    labels, # (N,) class indices, -2 - k a crowd of class k
     count,  # M, at least N
 ): # (M, 4) float32, (M,) int32
     "Boxes and labels filled up to `count` rows, those of padding labelled -1; raises `InputError` where there are more."

@@ -51,7 +51,7 @@ def take_census(
         found, area, size = in_photograph(example)
         people = example.labels >= 0
         sizes.append(size)
-        crowds.append(np.count_nonzero(example.labels == -2))
+        crowds.append(np.count_nonzero(example.labels < -1))
         owner.append(np.full(people.sum(), i))
         boxes.append(Letterbox.fit(*size, image_size).boxes_in(found[people]))
         areas.append(area[people])

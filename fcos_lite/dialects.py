@@ -94,15 +94,15 @@ def voc_size(page): # (width, height), pixels; None where the page does not say
 
 # %% ../nbs/05c_dialects.ipynb #a3608053
 def as_voc(example, class_names, file_name): # XML
-    "What a VOC page says of an example; crowd regions become `difficult` objects of the first class."
+    "What a VOC page says of an example; crowd regions become `difficult` objects."
     page = Element("annotation")
     SubElement(page, "filename").text = file_name
     size = SubElement(page, "size")
     for side in ("width", "height"): SubElement(size, side).text = str(getattr(example, side))
     for (left, top, right, bottom), label in zip(example.boxes, example.labels):
         found = SubElement(page, "object")
-        SubElement(found, "name").text = class_names[max(label, 0)]
-        SubElement(found, "difficult").text = str(int(label == -2))
+        SubElement(found, "name").text = class_names[max(label, -2 - label)]
+        SubElement(found, "difficult").text = str(int(label < -1))
         bndbox = SubElement(found, "bndbox")
         for side, value in zip(SIDES, (left + 1, top + 1, right, bottom)): SubElement(bndbox, side).text = f"{value:g}"
     return tostring(page, encoding="unicode")

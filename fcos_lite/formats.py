@@ -96,13 +96,13 @@ def box_row(
     labels,        # {category id: class index, or None}
     width, height, # of the picture, pixels
 ): # box (left, top, right, bottom), label and area in pixels²; None where the category is not wanted
-    "One annotation; a crowd region has the label -2. Raises `Skip`."
+    "One annotation; a crowd region of class k has the label -2 - k. Raises `Skip`."
     if annotation["category_id"] not in labels: raise Skip("of a category that is not listed")
     label, area = labels[annotation["category_id"]], annotation.get("area")
     if label is None: return None
     left, top, right, bottom = box_corners(annotation["bbox"], width, height)
     if not (is_number(area) and area > 0): area = (right - left) * (bottom - top)
-    return (left, top, right, bottom), -2 if annotation.get("iscrowd") else label, float(area)
+    return (left, top, right, bottom), -2 - label if annotation.get("iscrowd") else label, float(area)
 
 # %% ../nbs/05b_formats.ipynb #f0ba09fe
 def picture_path(
@@ -184,7 +184,7 @@ def read_all(images, folder, rows, labels, report): # [Example]
         except InputError as error: report.skip("picture that is missing" if not os.path.isfile(file) else "picture that cannot be read", str(error))
     report.pictures, report.empty = len(examples), sum(not len(example.boxes) for example in examples)
     every = [label for example in examples for label in example.labels]
-    report.crowds = every.count(-2)
+    report.crowds = sum(label < -1 for label in every)
     report.boxes = len(every) - report.crowds
     return examples
 
@@ -218,8 +218,8 @@ def as_coco(examples, class_names): # a COCO document; category ids begin with 1
     for example in examples:
         areas = example.areas if example.areas is not None else np.prod(example.boxes[:, 2:] - example.boxes[:, :2], axis=1)
         for (left, top, right, bottom), label, area in zip(example.boxes.tolist(), example.labels.tolist(), areas.tolist()):
-            annotations.append({"id": len(annotations) + 1, "image_id": example.image_id, "category_id": max(label, 0) + 1,
-                                "bbox": [left, top, right - left, bottom - top], "area": area, "iscrowd": int(label == -2)})
+            annotations.append({"id": len(annotations) + 1, "image_id": example.image_id, "category_id": max(label, -2 - label) + 1,
+                                "bbox": [left, top, right - left, bottom - top], "area": area, "iscrowd": int(label < -1)})
     images = [{"id": e.image_id, "file_name": f"{e.image_id:012d}.jpg", "width": e.width, "height": e.height} for e in examples]
     return {"images": images, "annotations": annotations, "categories": [{"id": i + 1, "name": name} for i, name in enumerate(class_names)]}
 

@@ -102,7 +102,7 @@ class Example:
     image_id: int
     image: object               # (H, W, 3) uint8 RGB, or the path of a file
     boxes: np.ndarray           # (N, 4) float32 xyxy, pixels of that picture
-    labels: np.ndarray          # (N,) int32 class indices; -2 marks a crowd region
+    labels: np.ndarray          # (N,) int32 class indices; -2 - k marks a crowd of class k
     width: int                  # pixels
     height: int                 # pixels
     areas: np.ndarray = None    # (N,) float32 pixels², as the annotation has them; width * height where it has none

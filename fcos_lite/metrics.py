@@ -110,8 +110,8 @@ def ground_truth(
     rows = []
     for i, example in enumerate(examples):
         for k in range(len(class_names)):
-            mine = (example.labels == k) | (example.labels == -2)
-            rows += coco_rows(i, example.boxes[mine], area=areas_of(example)[mine], category_id=k, iscrowd=(example.labels[mine] == -2).astype(int))
+            mine = (example.labels == k) | (example.labels == -2 - k)
+            rows += coco_rows(i, example.boxes[mine], area=areas_of(example)[mine], category_id=k, iscrowd=(example.labels[mine] < 0).astype(int))
     return in_memory(rows, len(examples), class_names)
 
 def coco_evaluation(
@@ -221,7 +221,8 @@ def outcomes(
         found, real, areas = found.above(score), example.labels >= 0, areas_of(example)
         boxes, labels = example.boxes[real], example.labels[real]
         matched = match(overlaps(found.xyxy, boxes) * (found.label[:, None] == labels), iou)
-        in_crowd = overlaps(found.xyxy, example.boxes[example.labels == -2], crowd=True).max(axis=1, initial=0) >= iou
+        crowds = example.labels < -1
+        in_crowd = (overlaps(found.xyxy, example.boxes[crowds], crowd=True) * (found.label[:, None] == -2 - example.labels[crowds])).max(axis=1, initial=0) >= iou
         beside = (overlaps(boxes, boxes) - np.eye(len(boxes))).max(axis=1, initial=0)
         by = {g: d for d, g in enumerate(matched) if g >= 0}
         rows += [Outcome("found" if g in by else "missed", i, boxes[g], int(labels[g]), float(found.score[by[g]]) if g in by else 0.0, float(areas[real][g]), float(beside[g])) for g in range(len(boxes))]

@@ -101,7 +101,7 @@ class FCOS(keras.Model):
 
     def targets(self,
         boxes,  # (B, M, 4) xyxy, pixels of the square
-        labels, # (B, M) class indices; -1 padding, -2 crowd
+        labels, # (B, M) class indices; -1 padding, -2 - k crowd of class k
     ): # as `targets.assign`
         "What each location should say, by the recipe."
         r, n = self.recipe, self.network

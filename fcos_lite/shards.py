@@ -44,7 +44,7 @@ def write_shard(
                 except InputError as error:
                     entry["skipped"].append(str(error)[:300])
                     continue
-                crowds = int(np.count_nonzero(example.labels == -2))
+                crowds = int(np.count_nonzero(example.labels < -1))
                 for name, more in (("records", 1), ("boxes", len(example.labels) - crowds), ("crowds", crowds), ("empty", not len(example.labels)), ("bytes", len(record))): entry[name] += int(more)
                 entry["offsets"].append(entry["bytes"] - len(record))
                 entry["image_ids"].append(int(example.image_id))

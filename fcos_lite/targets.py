@@ -54,7 +54,7 @@ def cells_near(
 # %% ../nbs/11_targets.ipynb #50e6c4c4
 def smallest_last(
     boxes, # (B, M, 4) xyxy, pixels
-    labels, # (B, M) class indices; -1: padding, -2: crowd region
+    labels, # (B, M) class indices; -1: padding, -2 - k: crowd of class k
 ): # boxes (B, M + 1, 4), labels (B, M + 1), and each one's place in the input; all begin with nobody
     "Boxes in the order in which the last to claim a location wins it; those without an area become padding."
     boxes = ops.pad(ops.cast(boxes, "float32"), ((0, 0), (0, 1), (0, 0)))
@@ -124,7 +124,7 @@ def sides_within(
 # %% ../nbs/11_targets.ipynb #7edf65ca
 def claims(
     boxes, # (B, M, 4) xyxy, pixels, as `smallest_last` leaves them
-    labels, # (B, M) class indices; -1: padding, -2: crowd region
+    labels, # (B, M) class indices; -1: padding, -2 - k: crowd of class k
     image_size, # pixels
     strides, # pixels, one a level
     level_areas=(4096, 16384, 65536), # largest area of each level but the last, pixels²
@@ -138,7 +138,7 @@ def claims(
     check(len(level_areas) == len(strides) - 1, f"level_areas {level_areas}: {len(strides)} strides need {len(strides) - 1} areas, the largest of each level but the last")
     if level_rule == "relative_area": level_areas = [limit * (image_size / 512)**2 for limit in level_areas]
     reach = [0.0, *(math.sqrt(limit) for limit in level_areas), math.inf]
-    person, region, levels = labels >= 0, labels == -2, box_levels(area(boxes), level_areas)
+    person, region, levels = labels >= 0, labels < -1, box_levels(area(boxes), level_areas)
     maps = []
     for level, stride in enumerate(strides):
         side = image_size // stride
@@ -168,7 +168,7 @@ def describe(
 # %% ../nbs/11_targets.ipynb #8354a735
 def assign(
     boxes, # (B, M, 4) xyxy, pixels of the network's input
-    labels, # (B, M) class indices; -1: padding, -2: crowd region
+    labels, # (B, M) class indices; -1: padding, -2 - k: crowd of class k
     image_size, # pixels
     strides, # pixels, one a level
     num_classes,
@@ -192,14 +192,14 @@ def assign(
         "ltrb": ltrb,
         "centerness": central,
         "positive": positive,
-        "counted": label != -2,
+        "counted": label >= -1,
         "box": ops.where(positive, ops.take_along_axis(order, winner, axis=1), -1),
     }
 
 # %% ../nbs/11_targets.ipynb #f88ea319
 def lost_boxes(
     boxes, # (B, M, 4) xyxy, pixels of the network's input
-    labels, # (B, M) class indices; -1: padding, -2: crowd region
+    labels, # (B, M) class indices; -1: padding, -2 - k: crowd of class k
     image_size, # pixels
     strides, # pixels, one a level
     **rules, # those of `claims`

@@ -17,7 +17,7 @@ from .config import InputError, check
 
 # %% ../nbs/03_visualize.ipynb #135b4faa
 PALETTE = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#F0E442", "#000000")   # Okabe and Ito
-CROWD = "#7F7F7F"   # a region with many people in it, label -2
+CROWD = "#7F7F7F"   # a region with many people in it, labels from -2 down
 
 def rgb(color): # three ints in [0, 255]
     "A hex colour as red, green and blue."
@@ -34,8 +34,8 @@ def ink(color): # "#000000" or "#FFFFFF"
 
 # %% ../nbs/03_visualize.ipynb #2ce7179f
 def color_of(label, colors=PALETTE): # "#rrggbb", or None where nothing is to be drawn
-    "The colour of a label: a class index, -2 for a crowd region, -1 for padding."
-    if label < 0: return CROWD if label == -2 else None
+    "The colour of a label: a class index, -2 or less for a crowd region, -1 for padding."
+    if label < 0: return CROWD if label < -1 else None
     return colors[int(label) % len(colors)]
 
 # %% ../nbs/03_visualize.ipynb #c1534c4b
@@ -72,7 +72,7 @@ def text_patch(text, size, color): # (h, w, 3) uint8
 def draw_boxes(
     image,          # (H, W, 3) uint8 RGB
     xyxy,           # (N, 4) pixels
-    labels=None,    # (N,) class indices; -2 is drawn grey, -1 not at all
+    labels=None,    # (N,) class indices; a crowd, -2 or less, is drawn grey, -1 not at all
     texts=None,     # N strings
     colors=PALETTE,
     thickness=None, # pixels; by default it follows the picture's size
@@ -169,7 +169,7 @@ def picture_axes(image, ax=None, title=None, **how): # matplotlib axes, in the p
 def show(
     image,               # (H, W, 3) uint8 RGB, or floats in [0, 1]
     xyxy=None,           # (N, 4) pixels
-    labels=None,         # (N,) class indices; -2 is drawn grey and dashed, -1 not at all
+    labels=None,         # (N,) class indices; a crowd, -2 or less, is drawn grey and dashed, -1 not at all
     texts=None,          # N strings
     ax=None, title=None, # matplotlib axes, or None for a new figure; what to write above
 ): # matplotlib axes, in the picture's own pixels

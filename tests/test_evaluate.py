@@ -12,7 +12,7 @@ from pycocotools.cocoeval import COCOeval
 
 from fcos_lite.config import SOURCE
 from fcos_lite.images import Example, Letterbox
-from fcos_lite.metrics import best_cut, coco_evaluation, pretend, ranking, source_map75
+from fcos_lite.metrics import best_cut, coco_evaluation, outcomes, pretend, ranking, source_map75
 from fcos_lite.nms import Detections
 from fcos_lite.scenes import Scenes, World
 
@@ -21,12 +21,13 @@ def some(rng, count, low=5, high=80):
     corner, size = rng.uniform(0, 60, (count, 2)), rng.uniform(low, high, (count, 2))
     return np.concatenate([corner, corner + size], 1).astype(np.float32)
 
-def random_set(seed, pictures=6):
+def random_set(seed, pictures=6, classes=1):
     "Pictures with people, crowds and neither; detections near people and far from them, none in some."
     rng, examples, found = np.random.default_rng(seed), [], []
     for i in range(pictures):
         boxes = some(rng, rng.integers(0, 6))
-        labels = np.where(rng.random(len(boxes)) < 0.1, -2, 0).astype(np.int32)
+        kinds = rng.integers(0, classes, len(boxes)) if classes > 1 else np.zeros(len(boxes), int)
+        labels = np.where(rng.random(len(boxes)) < 0.1, -2 - kinds, kinds).astype(np.int32)
         near = boxes[rng.random(len(boxes)) < 0.8] if len(boxes) else boxes
         near = np.repeat(near, rng.integers(1, 3, len(near)), axis=0)
         near = near + rng.normal(0, 3, near.shape).astype(np.float32)
@@ -34,7 +35,7 @@ def random_set(seed, pictures=6):
         xyxy = np.concatenate([near, some(rng, rng.integers(0, 3))]) if rng.random() > 0.15 else np.zeros((0, 4), np.float32)
         score = rng.permutation(len(xyxy)).astype(np.float32) / 20 + rng.integers(1, 4) / 97     # no two equal in a picture
         examples.append(Example(i, None, boxes, labels, 160, 160))
-        found.append(Detections(xyxy.astype(np.float32), score.astype(np.float32), np.zeros(len(xyxy), np.int32)))
+        found.append(Detections(xyxy.astype(np.float32), score.astype(np.float32), (rng.integers(0, classes, len(xyxy)) if classes > 1 else np.zeros(len(xyxy))).astype(np.int32)))
     return examples, found
 
 def iou_of(a, b):
@@ -121,22 +122,31 @@ def coco_document(examples, names):
     annotations = []
     for example in examples:
         for (left, top, right, bottom), label in zip(example.boxes.tolist(), example.labels):
-            annotations.append({"id": len(annotations) + 1, "image_id": example.image_id, "category_id": max(int(label), 0) + 1, "iscrowd": int(label == -2),
+            annotations.append({"id": len(annotations) + 1, "image_id": example.image_id, "category_id": (-2 - int(label) if label < 0 else int(label)) + 1, "iscrowd": int(label < 0),
                                 "bbox": [left, top, right - left, bottom - top], "area": (right - left) * (bottom - top)})
     return {"images": [{"id": e.image_id, "file_name": f"{e.image_id}.png", "width": e.width, "height": e.height} for e in examples],
             "annotations": annotations, "categories": [{"id": k + 1, "name": name} for k, name in enumerate(names)]}
 
-def test_figures_equal_those_of_files_given_to_pycocotools(tmp_path):
+@pytest.mark.parametrize("names", [("person",), ("person", "dog", "ball")])
+def test_figures_equal_those_of_files_given_to_pycocotools(tmp_path, names):
     for seed in range(8):
-        examples, found = random_set(seed, pictures=12)
-        (tmp_path / "truth.json").write_text(json.dumps(coco_document(examples, ["person"])))
-        rows = [{"image_id": e.image_id, "category_id": 1, "bbox": [*box[:2], box[2] - box[0], box[3] - box[1]], "score": float(s)}
-                for e, d in zip(examples, found) for box, s in zip(d.xyxy.tolist(), d.score)]
+        examples, found = random_set(seed, pictures=12, classes=len(names))
+        (tmp_path / "truth.json").write_text(json.dumps(coco_document(examples, names)))
+        rows = [{"image_id": e.image_id, "category_id": int(k) + 1, "bbox": [*box[:2], box[2] - box[0], box[3] - box[1]], "score": float(s)}
+                for e, d in zip(examples, found) for box, s, k in zip(d.xyxy.tolist(), d.score, d.label)]
         (tmp_path / "found.json").write_text(json.dumps(rows))
         truth = COCO(str(tmp_path / "truth.json"))
         evaluation = COCOeval(truth, truth.loadRes(str(tmp_path / "found.json")), "bbox")
         evaluation.evaluate(), evaluation.accumulate(), evaluation.summarize()
-        np.testing.assert_allclose(list(coco_evaluation(examples, found, ["person"])[0].values()), evaluation.stats, atol=1e-12)
+        np.testing.assert_allclose(list(coco_evaluation(examples, found, names)[0].values()), evaluation.stats, atol=1e-12)
+
+def test_a_crowd_excuses_its_own_class_alone():
+    example = Example(1, None, np.float32([[10, 10, 40, 60], [50, 10, 150, 110]]), np.int32([1, -2]), 160, 160)
+    inside = lambda k: [Detections(np.float32([[10, 10, 40, 60], [60, 30, 90, 90]]), np.float32([0.5, 0.9]), np.int32([1, k]))]
+    assert coco_evaluation([example], inside(0), ("person", "dog"))[0]["AP"] == pytest.approx(1)         # in a crowd of people: neither right nor wrong
+    assert coco_evaluation([example], inside(1), ("person", "dog"))[0]["AP50"] == pytest.approx(0.5)     # a dog there is a false alarm
+    assert [row.kind for row in outcomes([example], inside(0), 0.1)] == ["found"]
+    assert [row.kind for row in outcomes([example], inside(1), 0.1)] == ["found", "false"]
 
 @pytest.mark.parametrize("names", [("person",), ("person", "dog", "ball")])
 @pytest.mark.parametrize("size", [64, 96, 512])

@@ -104,7 +104,7 @@ def literal(boxes, labels, image_size, rule="area", center_radius=None, rescue=F
             out["cls"][place] = np.arange(CLASSES) == label
     if crowd == "ignore":
         for (left, top, right, bottom), label in zip(boxes, labels):
-            if label != -2: continue
+            if label >= -1: continue
             for level, stride in enumerate(STRIDES):
                 for row in range(sides[level]):
                     for column in range(sides[level]):
@@ -139,7 +139,7 @@ def random_boxes(rng, image_size, count=8):
         boxes.append(box)
     boxes = np.array(boxes)
     if rng.random() < 0.6: boxes = np.round(boxes * 8) / 8                                 # on an eighth: equalities do happen
-    return boxes.astype(np.float32), rng.choice([-2, -1, 0, 1, 2], count, p=[0.06, 0.1, 0.5, 0.17, 0.17]).astype(np.int32)
+    return boxes.astype(np.float32), rng.choice([-4, -2, -1, 0, 1, 2], count, p=[0.03, 0.03, 0.1, 0.5, 0.17, 0.17]).astype(np.int32)
 
 
 RULES = [dict(level_rule=rule, center_radius=radius, rescue_lost=rescue, crowd=crowd)
