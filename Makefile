@@ -3,7 +3,7 @@ PYTHON ?= python3.11
 BIN := .venv/bin
 export TF_CPP_MIN_LOG_LEVEL ?= 3
 
-# COCO is a folder in COCO's layout: train2017/, val2017/, annotations/. A GPU needs JAX for it: pip install "jax[cuda12]"
+# COCO is a folder in COCO's layout: train2017/, val2017/, annotations/. person-gpu installs JAX with CUDA
 COCO ?= coco
 MINUTES ?= 14
 PERSON := $(BIN)/python -u -m fcos_lite.train --coco $(COCO) --recipe long --image-size 384 --scale-start 1 --ltrb-bias 0 --in-memory
@@ -42,6 +42,8 @@ person: setup
 	$(PERSON) --evaluate-every 10 --out runs/person
 
 person-gpu: setup
+	$(BIN)/python -m pip install --quiet --editable ".[jax_cuda]"
+	$(BIN)/python -c "import jax, sys; jax.default_backend() == 'gpu' or sys.exit('person-gpu: JAX sees no GPU here; on a CPU take: make person')"
 	$(ON_GPU) --minutes $(MINUTES) --out runs/person-gpu
 	$(BIN)/python -m fcos_lite.evaluate --weights runs/person-gpu --coco $(COCO) --out runs/person-gpu-evaluation
 

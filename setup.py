@@ -9,7 +9,7 @@ parser = ConfigParser(delimiters=["="], interpolation=None)
 parser.read(Path(__file__).with_name("settings.ini"), encoding="utf-8")
 settings = parser["DEFAULT"]
 words = lambda key: settings.get(key, "").split()
-extras = {name: words(f"{name}_requirements") for name in ("cuda", "jax", "mlflow", "export", "dev")}
+extras = {name: words(f"{name}_requirements") for name in ("cuda", "jax", "jax_cuda", "mlflow", "export", "dev")}
 
 class WithWeights(build_py):
     "A wheel carries the shipped weights inside the package."

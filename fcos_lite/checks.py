@@ -74,7 +74,7 @@ def header_of(path): # (width, height) as stored, pixels; EXIF orientation, 1..8
 
 def peek(path): # (width, height) as stored, pixels; EXIF orientation, 1..8
     "A picture's size, mostly without decoding it; raises `InputError` where it is missing, cut off or no picture."
-    check(os.path.isfile(path), f"{path}: no such file")
+    check(os.path.isfile(path), f"{path}: no such file; copy or download it again")
     try: size, orientation, whole = header_of(path)
     except (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError):
         height, width = read_image(path).shape[:2]   # let the decoder say what is wrong, or that nothing is

@@ -181,7 +181,7 @@ def main(argv=None):
     thresholds = with_flags(THRESHOLDS[arguments.thresholds], arguments)
     model = FCOS.from_preset(arguments.weights)
     watched, read = look(model, sources, thresholds, arguments, out, screen)
-    check(read or watched.pictures, "none of the pictures could be read")
+    check(read or watched.pictures, f"none of the pictures could be read, of {len(sources)}, the first {sources[0].name}; each line above says why, and what to do")
     print(f"{watched.boxes} found in {len(read)} of {len(sources)} sources; {f'drawn in {out}' if out else 'nothing was written'}")
     if live or len(sources) < watched.pictures: print(watched)
     return watched

@@ -36,7 +36,7 @@ def check_packages(
 ):
     "Refuse to begin what would fail in the end for want of a package."
     missing = [name for name in names if importlib.util.find_spec(name) is None]
-    check(not missing, f"{', '.join(missing)}: not installed; get all that exporting needs with: pip install \"fcos_lite[export]\"")
+    check(not missing, f"{', '.join(missing)}: not installed; get all that exporting needs with: pip install \".[export]\" in a checkout of the library")
 
 # %% ../nbs/23a_exported.ipynb #0e650f4d
 PREPARATION = ("Scale the picture by image_size / its longer side, keeping its shape; put it in the middle of a square of image_size filled with pad_value (left = (image_size - width) // 2, top = (image_size - height) // 2). "

@@ -51,7 +51,7 @@ def donor_of(
     donor = FCOS(preset[0] if preset else model.network)
     load_weights(donor, path)
     why = differences(replace(donor.network, class_names=model.network.class_names), here, model)
-    check(not why, f"{path}: these weights belong to a network that differs in more than its classes: {'; '.join(why)}")
+    check(not why, f"{path}: these weights belong to a network that differs in more than its classes: {'; '.join(why)}; change these settings, or begin without weights")
     return donor
 
 def start_from(

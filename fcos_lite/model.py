@@ -143,7 +143,11 @@ class FCOS(keras.Model):
         if is_one(pictures): return self.detect([pictures], thresholds)[0]
         sources = find_sources(pictures)
         for source in sources: check(source.kind not in ("video", "camera"), f"{source.name}: a {source.kind} has too many pictures for a list; write: for result in model.stream({source.name!r})")
-        return list(self.stream(sources, thresholds, min(batch_size, len(sources))))
+        results = []
+        for result in self.stream(sources, thresholds, min(batch_size, len(sources))):
+            check(result.time is None, f"{result.name}: a video has too many pictures for a list; write: for result in model.stream({result.name!r})")
+            results.append(result)
+        return results
 
     def stream(self,
         source, # anything that `sources.find_sources` knows: also videos and cameras

@@ -126,9 +126,9 @@ def load_weights(
     check_seal(path)
     preset = preset_of(path)
     why = differences(preset and preset[0], stored_shapes(path), model)
-    check(not why, f"{path}: these weights belong to another network: {'; '.join(why)}")
+    check(not why, f"{path}: these weights belong to another network: {'; '.join(why)}; build theirs (FCOS.from_preset), change these settings, or begin without weights")
     try: Arrays(model).load_weights(path)
-    except (ValueError, KeyError, OSError) as error: raise InputError(f"{path}: cannot be loaded ({error})") from None
+    except (ValueError, KeyError, OSError) as error: raise InputError(f"{path}: cannot be loaded ({error}); copy or download it again") from None
 
 # %% ../nbs/14a_weights.ipynb #b2608a13
 def ship(

@@ -100,7 +100,7 @@ def test_a_film_is_its_frames_one_by_one(model, folder, batch_size):
     for frame, result in zip(frames, results): np.testing.assert_allclose(result.xyxy, model.detect(frame.image, ALL).xyxy, atol=1e-3)
 
 def test_a_list_is_refused_what_does_not_end(model, folder, site):
-    for given, word in ((folder / "film.avi", "video"), ("camera:0", "camera"), (folder, "video")):
+    for given, word in ((folder / "film.avi", "video"), ("camera:0", "camera"), (folder, "video"), (f"{site}/film.avi", "video"), ([f"{site}/film.avi", folder / "a.png"], "video")):
         with pytest.raises(InputError, match=f"a {word} has too many pictures for a list; write: for result in model.stream"): model.detect(given)
 
 def test_thresholds_by_name_are_the_numbers_of_the_document(model, scene):
@@ -152,7 +152,7 @@ def test_a_film_with_damaged_frames_says_how_many(model, folder, tmp_path, capsy
 def test_nothing_to_go_on_with_is_refused(model, folder, site, tmp_path):
     (folder / "none.png").touch()
     for word, why in ((folder / "none.png", "none of the pictures"), ("http://127.0.0.1:1/a.png", "none of the pictures"), (f"{site}/", "none of the pictures"),
-                      ("nothing://here", "cannot be read"), (folder / "x.png", "no such file"), (f"{folder}/*.gif", "no picture and no video")):
+                      ("nothing://here", "cannot be read"), (folder / "x.png", "no such file or folder; check the spelling"), (f"{folder}/*.gif", "no picture and no video.*check the spelling"), ("http://[bad/a.png", "this is no address"), ("data:image/png;base64," + "A" * 400, "decode it")):
         with pytest.raises(InputError, match=why): command(model, word, "--out", tmp_path / "out")
         assert not (tmp_path / "out").exists()
     (tmp_path / "out").mkdir()

@@ -29,10 +29,12 @@ def watch(self, outputs, boxes, labels, *rest):
 FCOS.losses_of = watch
 model.compile(optimizer=keras.optimizers.SGD(1e-3), run_eagerly=True)
 report = model.train_on_batch(batch, return_dict=True)
+nobody = model.train_on_batch({**batch, "labels": np.full((2, 2), -1, "int32")}, return_dict=True)
+assert all(np.isfinite(value) for value in nobody.values()), nobody
 Evaluator(model, (COCO_EVALUATION,))({**batch, "real": np.array([True, True])})
 assert all(np.isfinite(value) for value in report.values()), report
 assert all(np.isfinite(a).all() for a in model.get_weights())
-assert len(arrived) == 2
+assert len(arrived) == 3
 for seen, dtypes in arrived:
     np.testing.assert_array_equal(seen, boxes)
     assert {kind for name, kind in dtypes.items() if name != "labels"} == {"float32"} and dtypes.get("labels", "int32") == "int32", dtypes
