@@ -249,6 +249,7 @@ clips each tensor and has two optimizers; its network is ours. It throws every n
 *Input* (data.py) is measured alone, through whole epochs, from closed files to batches of 4 with pictures, boxes and labels. The photographs are grainy scenes of 640 x 480; the records hold squares of the size that is trained, of JPEG
 quality 90 or of PNG; the step is that of the `source` network with the `scratch` recipe.
 *Exports* (export.py) are the shipped detector: from pictures of 640 x 480 to boxes in their pixels, with the runtime's own threads set to what is said; `detect` is Keras' on TensorFlow with as many. Each round begins with another format, and each call after a pause, for a runtime's threads go on turning for a moment. Values above 1 are faster than `detect`. *`detect` end to end* is from a JPEG file of 640 x 480 to its boxes, by the shipped weights.
-*Start to first box* is a process of its own, import included, of the script in examples/ for that format (for Keras: of `FCOS.from_preset("person").detect`); the peak is what the kernel saw of that process (VmHWM)."""
+*Start to first box* is a process of its own, import included, of the script in examples/ for that format (for Keras: of `FCOS.from_preset("person").detect`); the peak is what the kernel saw of that process (VmHWM), one picture at a time, with the runtime's own number of threads.
+*The camera* is a pretended one of 640 x 480 pixels and 30 frames a second; its pictures are drawn for a screen of 1280 x 720, and no window is opened."""
 
 if __name__ == "__main__": main()

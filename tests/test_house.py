@@ -73,7 +73,9 @@ def test_no_saved_errors_no_heavy_pictures_and_outputs_everywhere():
         assert outputs, f"{path.name} is saved without outputs"
         assert not [o for o in outputs if o["output_type"] == "error"], f"{path.name} is saved with an error"
         sizes = [len("".join(v)) * 3 // 4 for o in outputs for k, v in o.get("data", {}).items() if k.startswith("image/")]
-        assert max(sizes, default=0) < 150_000, f"{path.name} holds a picture of {max(sizes)} bytes"
+        assert max(sizes, default=0) <= 60_000, f"{path.name} holds a picture of {max(sizes)} bytes"
+    heavy = [file.name for file in (ROOT / "nbs" / "images").iterdir() if file.stat().st_size > 60_000]
+    assert not heavy, f"nbs/images: {heavy} are over 60 kB; scale or compress them"
 
 def test_export_is_up_to_date(tmp_path):
     "The package says what the notebooks say: exporting again changes nothing."

@@ -1,5 +1,6 @@
 """The shipped detector: sealed, small, loadable, and one that learned something."""
 import json
+import re
 from pathlib import Path
 import matplotlib.cbook
 import numpy as np
@@ -22,7 +23,12 @@ def test_it_is_found_sealed_and_small():
 
 def test_the_card_says_what_the_page_says():
     measured, card = json.loads((WEIGHTS / "person.json").read_text())["measured"], (WEIGHTS / "README.md").read_text()
+    trained = json.loads((WEIGHTS / "person.json").read_text())["trained"]
     for name in ("AP", "AP50", "AP75"): assert f"**{measured[name]:.3f}**" in card, name
+    sizes = [float(value) for value in re.search(r"\*\*384²\*\*.*\*\* \| ([\d.]+) \| ([\d.]+) \| ([\d.]+) \| ([\d.]+) \|", card).groups()]
+    assert sizes == pytest.approx([measured[name] for name in ("APs", "APm", "APl", "source_map75")], abs=6e-4)     # both are rounded
+    assert f"{trained['views']:,} views in {trained['epochs']} passes" in card and f"{trained['views'] / trained['minutes'] / 60:.0f} photographs a second with compiling" in card
+    assert f"F1 ({measured['f1']:.2f})" in card and f"is {measured['threshold']:.2f};" in card
     network, recipe = preset_of(WEIGHTS / "person.weights.h5")
     assert network.image_size == 384 and (recipe.zoom, recipe.mosaic) == ((0.5, 1.5), 0.2)
 
@@ -37,6 +43,11 @@ def test_it_finds_the_person_in_a_photograph_it_has_not_seen(person):
     found = person.detect(matplotlib.cbook.get_sample_data("grace_hopper.jpg", asfileobj=False))
     assert len(found) >= 1
     assert float(iou(found.xyxy[0], np.float32([20, 30, 505, 604]))) > 0.8
+
+def test_shipped_weights_without_a_seal_are_refused(tmp_path, monkeypatch):
+    for name in ("person.weights.h5", "person.json"): (tmp_path / name).write_bytes((WEIGHTS / name).read_bytes())
+    monkeypatch.setattr("fcos_lite.weights.shipped", lambda: {"person": tmp_path / "person.weights.h5"})
+    with pytest.raises(InputError, match=r"person.weights.h5.sha256 is missing beside it; fetch both again"): FCOS.from_preset("person")
 
 @pytest.mark.parametrize("grey", [0, 60, 128, 200, 255])
 def test_it_finds_nobody_in_an_empty_picture(person, grey):
