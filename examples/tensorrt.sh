@@ -44,6 +44,8 @@ def load_data():
 END
 if command -v polygraphy > /dev/null; then
     export FCOS_SIZE="$size" FCOS_PHOTOGRAPHS="$photographs"
-    polygraphy run "$out/onnx/model.onnx" --onnxrt --trt --fp16 --data-loader-script "$out/load.py" --atol boxes:1.0 scores:0.01 --rtol 0
-    polygraphy run "$out/onnx-int8/model.onnx" --onnxrt --trt --int8 --fp16 --data-loader-script "$out/load.py" --atol boxes:4.0 scores:0.05 --rtol 0
+    differ=0                                                                   # both are compared, whatever the first says
+    polygraphy run "$out/onnx/model.onnx" --onnxrt --trt --fp16 --data-loader-script "$out/load.py" --atol boxes:1.0 scores:0.01 --rtol 0 || differ=1
+    polygraphy run "$out/onnx-int8/model.onnx" --onnxrt --trt --int8 --fp16 --data-loader-script "$out/load.py" --atol boxes:4.0 scores:0.05 --rtol 0 || differ=1
+    exit $differ
 fi

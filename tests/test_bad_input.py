@@ -340,7 +340,7 @@ def test_weights_of_another_shape_say_what_differs(weights, coco):
     torn = coco.parent / "torn.weights.h5"
     torn.write_bytes((weights / "best.weights.h5").read_bytes()[:5000])
     said = message(lambda: train_on(coco, "--weights", str(torn), "--out", str(coco.parent / "other")))
-    assert "torn.weights.h5" in said
+    assert "torn.weights.h5" in said and "fetch or make it again" in said
 
 def test_detecting_skips_what_is_no_picture_and_says_so(weights, coco, capsys):
     cut(coco)
