@@ -18,6 +18,7 @@ PAUSE = 0.05    # seconds
 KINDS = (("saved_model", "float32"), ("litert", "float32"), ("litert", "float16"), ("litert", "int8"), ("onnx", "float32"), ("onnx", "int8"))
 PEAK = "; import re; print(re.search(r'VmHWM:\\s+(\\d+)', open('/proc/self/status').read())[1])"      # kilobytes (Linux); what the parent is told of a child counts the parent's own
 KERAS = "import sys; from fcos_lite import FCOS; print(FCOS.from_preset(sys.argv[1]).detect(sys.argv[2]))" + PEAK   # at the size of the weights
+EXPORTED = "import sys; from fcos_lite.exported import Exported; print(Exported(sys.argv[1]).detect(sys.argv[2]))" + PEAK   # what the library itself needs: no Keras, no TensorFlow
 EXAMPLE = "import runpy, sys; sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')" + PEAK
 
 def timed(function):
@@ -84,12 +85,13 @@ def started(command):
     return time.perf_counter() - begin, int(done.stdout.split()[-1]) / 1024
 
 def cold(folder, rounds):
-    "Start to first box and peak memory of the examples, which import their runtime alone; and of Keras."
+    "Start to first box and peak memory of the examples, which import their runtime alone; of the library's `Exported`; and of Keras."
     import cv2
     from fcos_lite.scenes import Scenes, World
     picture = folder / "scene.png"
     cv2.imwrite(str(picture), Scenes(1, 0, World(size=640))[0].read()[80:560, :, ::-1])
     commands = {"keras": ["-c", KERAS, "person", picture],
+                "litert float32 by `Exported`": ["-c", EXPORTED, folder / "litert-float32", picture],
                 **{f"{format} {precision}": ["-c", EXAMPLE, HERE.parent / "examples" / f"detect_{format}.py", folder / f"{format}-{precision}", picture] for format, precision in KINDS}}
     rows = {}
     for name, command in commands.items():
@@ -112,8 +114,13 @@ def measure(size, batch_size, threads, rounds, tiny):
     with tempfile.TemporaryDirectory() as folder:
         small, folder = ["--tiny"] if tiny else [], Path(folder)
         write_all(folder, size, batch_size, tiny)
-        row = {"megabytes": sizes(folder), "threads": {str(n): in_process("--image-size", size, "--batch-size", batch_size, "--threads", n, "--rounds", rounds, "--folder", folder, *small) for n in threads}}
-        return {**row, "cold": cold(folder, min(rounds, 3))} if batch_size == 1 else row
+        return {"megabytes": sizes(folder), "threads": {str(n): in_process("--image-size", size, "--batch-size", batch_size, "--threads", n, "--rounds", rounds, "--folder", folder, *small) for n in threads}}
+
+def measure_cold(size, rounds, tiny):
+    "Starts and memory alone."
+    with tempfile.TemporaryDirectory() as folder:
+        write_all(Path(folder), size, 1, tiny)
+        return cold(Path(folder), min(rounds, 3))
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
@@ -122,9 +129,11 @@ def main():
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2], help="measured each by itself (default: 1 2)")
     parser.add_argument("--rounds", type=int, default=15, help="turns of every measurement (default: %(default)s)")
     parser.add_argument("--tiny", action="store_true", help="a tiny network, to rehearse")
+    parser.add_argument("--cold", action="store_true", help="only from a start to the first box")
     parser.add_argument("--folder", type=Path, help="exports that are there already: only the turns, with the first of --threads")
     a = parser.parse_args()
     if a.folder: return print(json.dumps(side_by_side(a.folder, a.image_size, a.batch_size, a.threads[0], a.rounds, a.tiny)))
+    if a.cold: return print(json.dumps(measure_cold(a.image_size, a.rounds, a.tiny)))
     print(json.dumps(measure(a.image_size, a.batch_size, a.threads, a.rounds, a.tiny)))
 
 if __name__ == "__main__": main()

@@ -1,9 +1,10 @@
-"""What smaller numbers cost a detector on photographs: AP of every exported format, run by its own runtime, beside Keras'. Prints a table in Markdown.
+"""What smaller numbers cost a detector on photographs: AP of every exported format, run by its own runtime, beside Keras'. Prints a table in Markdown; with --keep, it goes into results.json.
 
 python bench/precision.py --coco DIR --limit 400
 """
 import argparse
 import contextlib
+import json
 import os
 import sys
 import tempfile
@@ -18,6 +19,7 @@ from fcos_lite.metrics import coco_evaluation
 from fcos_lite.nms import Detections
 from fcos_lite.readers import read_dataset
 
+RESULTS = Path(__file__).resolve().with_name("results.json")
 NAMES = ("AP", "AP50", "AP75", "APs", "APm", "APl")
 
 def found_by(exported, examples, class_names):
@@ -33,14 +35,17 @@ def main():
     parser.add_argument("--limit", type=int, metavar="N", help="the first N pictures")
     parser.add_argument("--representative", type=int, default=64, metavar="N", help="pictures for int8 (default: %(default)s)")
     parser.add_argument("--weights", default="person", metavar="NAME|PATH")
+    parser.add_argument("--keep", action="store_true", help="put the figures into results.json, which run.py makes its tables of")
     a = parser.parse_args()
     model, weights = load_at(a.weights)
     names, size = model.network.class_names, model.network.image_size
     examples = read_dataset(a.coco, a.part, names, a.limit)
     squares = representative([str(Path(a.coco) / a.learn)], model.network, a.representative)
     print(f"{len(examples)} photographs, {sum((e.labels >= 0).sum() for e in examples)} people, squares of {size}; int8 saw {len(squares)} others\n\n| run as | MB | {' | '.join(NAMES)} |\n|---|---|{'---|' * len(NAMES)}")
+    rows = {}
     def row(name, found, megabytes=""):
         figures = coco_evaluation(examples, found, names)[0]
+        rows[name] = {key: round(figures[key], 4) for key in NAMES}
         print(f"| {name} | {megabytes} | {' | '.join(f'{figures[key]:.4f}' for key in NAMES)} |", flush=True)
     (found,), _ = predict(model, examples, thresholds=(COCO_EVALUATION,))
     row("Keras float32", found)
@@ -51,5 +56,8 @@ def main():
                 with contextlib.redirect_stdout(sys.stderr):
                     exported = export(model, here, format, thresholds=COCO_EVALUATION, weights=weights)[0] if precision == "float32" else shrink(Path(folder) / f"{format}-float32", here, precision, squares)
                 row(f"{format} {precision}", found_by(exported, examples, names), f"{sum(file.stat().st_size for file in here.rglob('*') if file.is_file()) / 1e6:.1f}")
+    if not a.keep: return
+    kept = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.exists() else {}
+    RESULTS.write_text(json.dumps({**kept, "precision": {"photographs": len(examples), "image_size": size, "weights": a.weights, "representative": len(squares), "rows": rows}}, indent=1) + "\n", encoding="utf-8")
 
 if __name__ == "__main__": main()

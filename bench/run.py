@@ -140,13 +140,21 @@ def camera(rounds, rehearse):
     return row
 
 def exports(rounds, rehearse):
-    "Every exported format against `detect`, its start to the first box, its memory: see export.py. Each size and batch in a process of its own."
+    "Every exported format against `detect`: see export.py. Each size and batch in a process of its own."
     results = {}
     for size in (64,) if rehearse else (256, 320, 512):
         for batch_size in (1,) if rehearse else (1, 8):
             row = in_a_process("export.py", "tensorflow", "--image-size", size, "--batch-size", batch_size, "--rounds", 1 if rehearse else rounds if batch_size == 1 else max(3, rounds // 3), *(["--tiny"] if rehearse else []))
             results.setdefault(str(size), {})[str(batch_size)] = row
             print("export", size, batch_size, row, flush=True)
+    return results
+
+def cold(rounds, rehearse):
+    "From the start of a process to its first box, and its memory: see export.py."
+    results = {}
+    for size in (64,) if rehearse else (256, 320, 512):
+        results[str(size)] = in_a_process("export.py", "tensorflow", "--image-size", size, "--cold", "--rounds", 1 if rehearse else rounds, *(["--tiny"] if rehearse else []))
+        print("cold", size, results[str(size)], flush=True)
     return results
 
 def allocator(rounds, rehearse):
@@ -160,10 +168,13 @@ def allocator(rounds, rehearse):
         print("allocator", size, results[str(size)], flush=True)
     return results
 
+VECTORS = {"avx512f": "AVX-512", "avx2": "AVX2"} # what decides most of a convolution's speed
+
 def machine():
     info = Path("/proc/cpuinfo")
-    name = next((line.split(":")[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")), "") if info.exists() else platform.processor()
-    return {"processor": name, "cores": os.cpu_count(), "python": platform.python_version(), "tensorflow": tf.__version__, "keras": keras.__version__,
+    text = info.read_text() if info.exists() else ""
+    name = next((line.split(":")[1].strip() for line in text.splitlines() if line.startswith("model name")), "") or platform.processor()
+    return {"processor": name, "vectors": next((words for flag, words in VECTORS.items() if f" {flag}" in text), ""), "cores": os.cpu_count(), "python": platform.python_version(), "tensorflow": tf.__version__, "keras": keras.__version__,
             "gpu": [d.name for d in tf.config.list_physical_devices("GPU")]}
 
 def table(results):
@@ -198,11 +209,21 @@ def table(results):
         for batch_size, row in batches.items():
             for threads, kinds in row["threads"].items():
                 lines += [f"| `detect` / {kind}, {size}², batch {batch_size}, {threads} thread{'s' * (threads != '1')} | {value['faster']:.2f} × | |" for kind, value in kinds.items() if kind != "keras"]
-            for kind, value in row.get("cold", {}).items():
-                if kind == "keras" and size != min(results["export"], key=int): continue       # it runs at the size of its weights, whatever the row's
-                at = "at the size of its weights" if kind == "keras" else f"{size}²"
-                lines.append(f"| start to first box, {kind}, {at}; peak memory {value['peak_mb']:.0f} MB | {value['seconds']:.1f} s | {'≤ 4 s' if kind.startswith('litert') else ''} |")
+    for size, row in results.get("cold", {}).items():
+        for kind, value in row.items():
+            if kind == "keras" and size != min(results["cold"], key=int): continue       # it runs at the size of its weights, whatever the row's
+            at = "at the size of its weights" if kind == "keras" else f"{size}²"
+            lines.append(f"| start to first box, {kind}, {at}; peak memory {value['peak_mb']:.0f} MB | {value['seconds']:.1f} s | {'≤ 4 s' if kind.startswith('litert') else ''} |")
+    for kind, row in results.get("precision", {}).get("rows", {}).items():
+        lost = row["AP"] - results["precision"]["rows"]["Keras float32"]["AP"]
+        lines.append(f"| AP on {results['precision']['photographs']} photographs, {results['precision']['image_size']}², {kind}: {row['AP']:.4f}; against Keras' | {lost:+.4f} | |")
     return "\n".join(lines)
+
+def measured_with(results):
+    "Which parts a processor with which instructions has measured."
+    by_vectors = {}
+    for part, vectors in results.get("vectors", {}).items(): by_vectors.setdefault(vectors, []).append(f"`{part}`")
+    return "".join(f" With {vectors}: {', '.join(parts)}." for vectors, parts in by_vectors.items())
 
 def steps_and_detection(results, rounds):
     results |= {"training_step": {}, "detect": {}}
@@ -219,7 +240,7 @@ def targets(results, rounds):
         print(count, results["targets"][str(count)], flush=True)
 
 NAMES = {"tensorflow": "TensorFlow", "jax": "JAX"}
-APART = {"training": ("training", whole_loop), "data": ("data", data), "detect": ("camera", camera), "export": ("export", exports), "allocator": ("allocator", allocator)}   # flag: its key in results.json, and what measures it
+APART = {"training": ("training", whole_loop), "data": ("data", data), "detect": ("camera", camera), "export": ("export", exports), "cold": ("cold", cold), "allocator": ("allocator", allocator)}   # flag: its key in results.json, and what measures it
 PARTS = ("step", "targets", "norm", *APART)
 
 def main():
@@ -231,6 +252,7 @@ def main():
     if a.rehearse: return print(table({APART[name][0]: APART[name][1](1, True) for name in APART if name in a.only}))
     results = json.loads((HERE / "results.json").read_text(encoding="utf-8")) if set(a.only) < set(PARTS) and (HERE / "results.json").exists() else {}
     results["machine"] = machine()
+    results["vectors"] = {**results.get("vectors", {}), **{part: results["machine"]["vectors"] for part in a.only}}     # of the processor that measured it
     for name, (key, measured) in APART.items():
         if name in a.only: results[key] = measured(a.rounds, False)
     if "step" in a.only: steps_and_detection(results, a.rounds)
@@ -238,7 +260,7 @@ def main():
     if "norm" in a.only: results["group_norm"] = group_norm(a.rounds)
     (HERE / "results.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     m = results["machine"]
-    (HERE / "README.md").write_text(f"# Benchmarks\n\n`make bench` measures these again; `python bench/run.py --only training` a part of them. Machine: {m['processor']}, {m['cores']} cores, no GPU; TensorFlow {m['tensorflow']}, Keras {m['keras']}.\n\n"
+    (HERE / "README.md").write_text(f"# Benchmarks\n\n`make bench` measures these again; `python bench/run.py --only training` a part of them. Machine: {m['processor']}, {m['cores']} cores, no GPU; TensorFlow {m['tensorflow']}, Keras {m['keras']}.{measured_with(results)}\n\n"
                                     f"{table(results)}\n\n{LEGEND}\n", encoding="utf-8")
     print(table(results))
 
@@ -249,7 +271,7 @@ clips each tensor and has two optimizers; its network is ours. It throws every n
 *Input* (data.py) is measured alone, through whole epochs, from closed files to batches of 4 with pictures, boxes and labels. The photographs are grainy scenes of 640 x 480; the records hold squares of the size that is trained, of JPEG
 quality 90 or of PNG; the step is that of the `source` network with the `scratch` recipe.
 *Exports* (export.py) are the shipped detector: from pictures of 640 x 480 to boxes in their pixels, with the runtime's own threads set to what is said; `detect` is Keras' on TensorFlow with as many. Each round begins with another format, and each call after a pause, for a runtime's threads go on turning for a moment. Values above 1 are faster than `detect`. *`detect` end to end* is from a JPEG file of 640 x 480 to its boxes, by the shipped weights.
-*Start to first box* is a process of its own, import included, of the script in examples/ for that format (for Keras: of `FCOS.from_preset("person").detect`); the peak is what the kernel saw of that process (VmHWM), one picture at a time, with the runtime's own number of threads.
+*Start to first box* is a process of its own, import included, of the script in examples/ for that format (for Keras: of `FCOS.from_preset("person").detect`; *by `Exported`*: of the library's class, which imports OpenCV and its readers too); the peak is what the kernel saw of that process (VmHWM), one picture at a time, with the runtime's own number of threads.
 *The camera* is a pretended one of 640 x 480 pixels and 30 frames a second; its pictures are drawn for a screen of 1280 x 720, and no window is opened."""
 
 if __name__ == "__main__": main()

@@ -57,7 +57,7 @@ def main():
     changed = git("diff", "--quiet", "HEAD", "--", "fcos_lite", "weights", "settings.ini").returncode or any(code(json.loads(path.read_text(encoding="utf-8"))) != code(before) for path, before in pages)
     if changed and len(sys.argv) == 1: return
     for path, before in pages:
-        if "results.json" in str(code(before)) or code(json.loads(path.read_text(encoding="utf-8"))) != code(before): continue    # pages that show bench/results.json take its figures as they are
+        if re.search(r"[\"/](results|ablations)\.json", str(code(before))) or code(json.loads(path.read_text(encoding="utf-8"))) != code(before): continue    # pages that show bench/results.json take its figures as they are
         if kept := settle(path, before): print(f"{path.name}: {kept} output{'s' * (kept > 1)} left as committed")
 
 if __name__ == "__main__": main()

@@ -1,0 +1,91 @@
+"""What each difference between the recipes `scratch` and `source` is worth: `scratch` with one number at a time as the source has it.
+
+python bench/ablations.py                                    drawn scenes, about 50 minutes on two cores
+python bench/ablations.py --coco DIR --image-size 256        photographs, a night
+
+Every run is `python -m fcos_lite.train` in a process of its own, from random numbers; it is measured on pictures that it has not seen. A run that ablations.json has already is not made again, so that the table may be
+interrupted, and grow.
+"""
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+from fcos_lite.config import SOURCE_RECIPE
+from fcos_lite.evaluate import evaluate
+from fcos_lite.model import FCOS
+from fcos_lite.readers import read_dataset
+from fcos_lite.scenes import Scenes, World
+
+HERE = Path(__file__).resolve().parent
+FILE = HERE / "ablations.json"
+DIFFERENCES = { # what a run without it is called: the fields of the recipe that it has from the source
+    "the source's rates": ("peak_rate", "final_rate", "warmup_steps"),
+    "an update per 8 × 4 pictures": ("batch_size", "accumulate"),
+    "a tenth of the weight decay": ("weight_decay",),
+    "level areas not scaled": ("level_rule",),
+    "no centre sampling": ("center_radius",),
+    "crowds as background": ("crowd",),
+    "distances not weighted": ("ltrb_weighting",),
+    "centerness / sum of targets": ("centerness_normalizer",),
+    "no mirror": ("flip",),
+    "no zoom": ("zoom",),
+}
+WITHOUT_EFFECT = ("patience", "monitor") # on what is learned in so many epochs
+FIRST_VALUES = {"scale_start": 1.0, "ltrb_bias": 0.0} # of the network: ours, in neither recipe
+SCENES = {"min_height": 20, "max_people": 3} # a little easier than the book's, as so few views ask
+SEEDS = (0, 1, 2) # of `scratch` as it is: how much is chance
+
+def flag(name, value): # words of the command line
+    words = value if isinstance(value, tuple) else ("none" if value is None else value,)
+    return [f"--{name.replace('_', '-')}", *map(str, words)]
+
+def plan(photographs): # [(name, fields that are changed, seed)]
+    "All runs of a table; scenes have no crowds, so there that switch would change nothing."
+    kept = {name: {field: getattr(SOURCE_RECIPE, field) for field in fields} for name, fields in DIFFERENCES.items() if photographs or fields != ("crowd",)}
+    return [("scratch", {}, SEEDS[0]), *((name, fields, SEEDS[0]) for name, fields in kept.items()), ("scratch, other first values", FIRST_VALUES, SEEDS[0]), *(("scratch", {}, seed) for seed in SEEDS[1:])]
+
+def run(changed, seed, a, folder): # a row
+    words = [] if a.coco else ["--scenes", str(a.scenes), *(word for name, value in SCENES.items() for word in flag(name, value))]
+    if a.coco: words += ["--coco", a.coco, *(["--limit", str(a.limit)] if a.limit else [])]
+    words += ["--image-size", str(a.image_size), "--epochs", str(a.epochs), "--seed", str(seed), "--evaluate-every", "0", "--out", str(folder)]
+    for name, value in changed.items(): words += flag(name, value)
+    started = time.time()
+    done = subprocess.run([sys.executable, "-m", "fcos_lite.train", *words], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, stdin=subprocess.DEVNULL)
+    if done.returncode: sys.exit(f"{' '.join(words)}\n{done.stdout[-3000:]}")
+    seconds = time.time() - started
+    model = FCOS.from_preset(folder)
+    unseen = read_dataset(a.coco, "val2017", model.network.class_names, a.limit) if a.coco else list(Scenes(a.unseen, 3_000_000, World(size=a.image_size, **SCENES)))
+    report = evaluate(model, unseen)
+    return {**{name: round(report[name], 4) for name in ("AP", "AP50", "AP75", "source_map75")}, "seconds": round(seconds)}
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--coco", metavar="DIR", help="photographs in COCO's layout; without it, scenes are drawn")
+    parser.add_argument("--image-size", type=int, default=96)
+    parser.add_argument("--epochs", type=int, metavar="N", help="default: 8; with --coco 4")
+    parser.add_argument("--scenes", type=int, default=1000, metavar="N", help="to learn from (default: %(default)s)")
+    parser.add_argument("--unseen", type=int, default=400, metavar="N", help="to measure on (default: %(default)s)")
+    parser.add_argument("--limit", type=int, metavar="N", help="only the first N photographs of each part")
+    parser.add_argument("--minutes", type=float, default=float("inf"), metavar="N", help="begin no run after so many")
+    a = parser.parse_args()
+    a.epochs = a.epochs or (4 if a.coco else 8)
+    kept = json.loads(FILE.read_text(encoding="utf-8")) if FILE.exists() else {}
+    settings = {"image_size": a.image_size, "epochs": a.epochs, **({"photographs": a.limit or "all"} if a.coco else {"scenes": a.scenes, "unseen": a.unseen, **SCENES})}
+    table = kept.setdefault(f"{'photographs' if a.coco else 'scenes'}, {a.image_size}²", {"settings": settings, "rows": []})
+    if table["settings"] != settings: sys.exit(f"{FILE} has this table with other settings, {table['settings']}; take those, or remove it")
+    begun = time.time()
+    for name, changed, seed in plan(bool(a.coco)):
+        if any(row["name"] == name and row["seed"] == seed for row in table["rows"]): continue
+        if time.time() - begun > 60 * a.minutes: break
+        with tempfile.TemporaryDirectory() as folder: row = {"name": name, "changed": changed, "seed": seed, **run(changed, seed, a, Path(folder) / "run")}
+        table["rows"].append(row)
+        print(row, flush=True)
+        FILE.write_text(json.dumps(kept, indent=1) + "\n", encoding="utf-8")
+
+if __name__ == "__main__": main()
