@@ -99,6 +99,19 @@ def test_a_film_is_its_frames_one_by_one(model, folder, batch_size):
     assert [(r.index, round(r.time, 3), r.fps) for r in results] == [(k, k / 5, 5.0) for k in range(5)]
     for frame, result in zip(frames, results): np.testing.assert_allclose(result.xyxy, model.detect(frame.image, ALL).xyxy, atol=1e-3)
 
+def test_a_film_of_uneven_pace_keeps_its_times(model, scene, tmp_path):
+    "Frames that are shown for 40, 200, 400 and 40 milliseconds: each result has the time of its own, and the film that the command writes is even and shows each for as long. Nothing but a GIF can be written unevenly with what is here."
+    shown = [40, 200, 400, 40]
+    pictures = [Image.fromarray(np.roll(scene, 4 * step, axis=1)) for step in range(4)]
+    pictures[0].save(tmp_path / "uneven.mp4", "GIF", save_all=True, append_images=pictures[1:], duration=shown)     # FFmpeg looks at what is in a file
+    times = np.cumsum([0, *shown[:-1]]) / 1000
+    np.testing.assert_allclose([result.time for result in model.stream(tmp_path / "uneven.mp4", ALL)], times, atol=1e-3)
+    command(model, tmp_path / "uneven.mp4", "--out", tmp_path / "out", "--score", "0", "--candidates", "50")
+    lines = [json.loads(line) for line in (tmp_path / "out" / "uneven.jsonl").read_text().splitlines()]
+    np.testing.assert_allclose([line["time"] for line in lines], times, atol=1e-3)
+    film = Video(tmp_path / "out" / "uneven.mp4")
+    assert film.count == round(times[-1] * film.fps) + 1 and len(lines) == 4
+
 def test_a_list_is_refused_what_does_not_end(model, folder, site):
     for given, word in ((folder / "film.avi", "video"), ("camera:0", "camera"), (folder, "video"), (f"{site}/film.avi", "video"), ([f"{site}/film.avi", folder / "a.png"], "video")):
         with pytest.raises(InputError, match=f"a {word} has too many pictures for a list; write: for result in model.stream"): model.detect(given)
