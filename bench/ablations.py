@@ -9,18 +9,17 @@ interrupted, and grow.
 import argparse
 import json
 import os
+import queue
 import subprocess
 import sys
 import tempfile
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 from fcos_lite.config import SOURCE_RECIPE
-from fcos_lite.evaluate import evaluate
-from fcos_lite.model import FCOS
-from fcos_lite.readers import read_dataset
-from fcos_lite.scenes import Scenes, World
 
 HERE = Path(__file__).resolve().parent
 FILE = HERE / "ablations.json"
@@ -39,6 +38,7 @@ DIFFERENCES = { # what a run without it is called: the fields of the recipe that
 WITHOUT_EFFECT = ("patience", "monitor") # on what is learned in so many epochs
 FIRST_VALUES = {"scale_start": 1.0, "ltrb_bias": 0.0} # of the network: ours, in neither recipe
 SCENES = {"min_height": 20, "max_people": 3} # a little easier than the book's, as so few views ask
+UNSEEN_SEED = 100 # of the scenes that are measured on; training validates on seeds of its own
 SEEDS = (0, 1, 2) # of `scratch` as it is: how much is chance
 
 def flag(name, value): # words of the command line
@@ -48,20 +48,23 @@ def flag(name, value): # words of the command line
 def plan(photographs): # [(name, fields that are changed, seed)]
     "All runs of a table; scenes have no crowds, so there that switch would change nothing."
     kept = {name: {field: getattr(SOURCE_RECIPE, field) for field in fields} for name, fields in DIFFERENCES.items() if photographs or fields != ("crowd",)}
-    return [("scratch", {}, SEEDS[0]), *((name, fields, SEEDS[0]) for name, fields in kept.items()), ("scratch, other first values", FIRST_VALUES, SEEDS[0]), *(("scratch", {}, seed) for seed in SEEDS[1:])]
+    return [*(("scratch", {}, seed) for seed in SEEDS), *((name, fields, SEEDS[0]) for name, fields in kept.items()), ("scratch, other first values", FIRST_VALUES, SEEDS[0])]
 
-def run(changed, seed, a, folder): # a row
-    words = [] if a.coco else ["--scenes", str(a.scenes), *(word for name, value in SCENES.items() for word in flag(name, value))]
-    if a.coco: words += ["--coco", a.coco, *(["--limit", str(a.limit)] if a.limit else [])]
-    words += ["--image-size", str(a.image_size), "--epochs", str(a.epochs), "--seed", str(seed), "--evaluate-every", "0", "--out", str(folder)]
-    for name, value in changed.items(): words += flag(name, value)
+def command(module, words, core):
+    "One of the library's commands, on a core of its own where there are several at a time."
+    keep = (lambda: os.sched_setaffinity(0, {core})) if core is not None else None
+    done = subprocess.run([sys.executable, "-m", f"fcos_lite.{module}", *map(str, words)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, stdin=subprocess.DEVNULL, preexec_fn=keep)
+    if done.returncode: sys.exit(f"python -m fcos_lite.{module} {' '.join(map(str, words))}\n{done.stdout[-3000:]}")
+
+def run(changed, seed, a, folder, core): # a row
+    data = ["--coco", a.coco] if a.coco else [word for name, value in SCENES.items() for word in flag(name, value)]
+    limit = ["--limit", a.limit] if a.coco and a.limit else []
+    recipe = [word for name, value in changed.items() for word in flag(name, value)]
     started = time.time()
-    done = subprocess.run([sys.executable, "-m", "fcos_lite.train", *words], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, stdin=subprocess.DEVNULL)
-    if done.returncode: sys.exit(f"{' '.join(words)}\n{done.stdout[-3000:]}")
+    command("train", [*data, *limit, *([] if a.coco else ["--scenes", a.scenes]), "--image-size", a.image_size, "--epochs", a.epochs, "--seed", seed, "--evaluate-every", 0, "--out", folder / "run", *recipe], core)
     seconds = time.time() - started
-    model = FCOS.from_preset(folder)
-    unseen = read_dataset(a.coco, "val2017", model.network.class_names, a.limit) if a.coco else list(Scenes(a.unseen, 3_000_000, World(size=a.image_size, **SCENES)))
-    report = evaluate(model, unseen)
+    command("evaluate", ["--weights", folder / "run", *data, *(limit if a.coco else ["--limit", a.unseen, "--seed", UNSEEN_SEED]), "--pictures", 1, "--out", folder / "report"], core)
+    report = json.loads((folder / "report" / "evaluation.json").read_text(encoding="utf-8"))
     return {**{name: round(report[name], 4) for name in ("AP", "AP50", "AP75", "source_map75")}, "seconds": round(seconds)}
 
 def main():
@@ -73,19 +76,24 @@ def main():
     parser.add_argument("--unseen", type=int, default=400, metavar="N", help="to measure on (default: %(default)s)")
     parser.add_argument("--limit", type=int, metavar="N", help="only the first N photographs of each part")
     parser.add_argument("--minutes", type=float, default=float("inf"), metavar="N", help="begin no run after so many")
+    parser.add_argument("--jobs", type=int, default=1, metavar="N", help="runs at a time, each on a core of its own (Linux; default: %(default)s, on all)")
     a = parser.parse_args()
     a.epochs = a.epochs or (4 if a.coco else 8)
     kept = json.loads(FILE.read_text(encoding="utf-8")) if FILE.exists() else {}
     settings = {"image_size": a.image_size, "epochs": a.epochs, **({"photographs": a.limit or "all"} if a.coco else {"scenes": a.scenes, "unseen": a.unseen, **SCENES})}
     table = kept.setdefault(f"{'photographs' if a.coco else 'scenes'}, {a.image_size}²", {"settings": settings, "rows": []})
     if table["settings"] != settings: sys.exit(f"{FILE} has this table with other settings, {table['settings']}; take those, or remove it")
-    begun = time.time()
-    for name, changed, seed in plan(bool(a.coco)):
-        if any(row["name"] == name and row["seed"] == seed for row in table["rows"]): continue
-        if time.time() - begun > 60 * a.minutes: break
-        with tempfile.TemporaryDirectory() as folder: row = {"name": name, "changed": changed, "seed": seed, **run(changed, seed, a, Path(folder) / "run")}
-        table["rows"].append(row)
-        print(row, flush=True)
-        FILE.write_text(json.dumps(kept, indent=1) + "\n", encoding="utf-8")
+    begun, lock, cores = time.time(), threading.Lock(), queue.SimpleQueue()
+    for core in sorted(os.sched_getaffinity(0))[:a.jobs] if a.jobs > 1 else [None]: cores.put(core)
+    def one(name, changed, seed):
+        if any(row["name"] == name and row["seed"] == seed for row in table["rows"]) or time.time() - begun > 60 * a.minutes: return
+        core = cores.get()
+        with tempfile.TemporaryDirectory() as folder: row = {"name": name, "changed": changed, "seed": seed, **run(changed, seed, a, Path(folder), core)}
+        cores.put(core)
+        with lock:
+            table["rows"].append(row)
+            print(row, flush=True)
+            FILE.write_text(json.dumps(kept, indent=1) + "\n", encoding="utf-8")
+    with ThreadPoolExecutor(a.jobs) as pool: list(pool.map(lambda words: one(*words), plan(bool(a.coco))))
 
 if __name__ == "__main__": main()
