@@ -13,12 +13,17 @@ ON_GPU := KERAS_BACKEND=jax $(PERSON) --precision mixed_bfloat16 --workers 8 --e
 
 setup: .venv/installed
 
-.venv/installed: settings.ini setup.py pyproject.toml
-	$(PYTHON) -m venv .venv && $(BIN)/python -m pip install --quiet --editable ".[jax,mlflow,export,dev]"
+.venv/package: settings.ini setup.py pyproject.toml
+	$(PYTHON) -m venv .venv && $(BIN)/python -m pip install --quiet --editable .
+	touch $@
+
+.venv/installed: .venv/package
+	$(BIN)/python -m pip install --quiet --editable ".[jax,mlflow,export,dev]"
 	$(BIN)/python tests/check_opencv.py
 	touch $@
 
-demo: setup
+# the demo needs the package alone, not what tests, notebooks and exports need besides
+demo: .venv/package
 	$(BIN)/python -m fcos_lite.demo
 
 test: setup

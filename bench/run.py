@@ -272,6 +272,8 @@ clips each tensor and has two optimizers; its network is ours. It throws every n
 quality 90 or of PNG; the step is that of the `source` network with the `scratch` recipe.
 *Exports* (export.py) are the shipped detector: from pictures of 640 x 480 to boxes in their pixels, with the runtime's own threads set to what is said; `detect` is Keras' on TensorFlow with as many. Each round begins with another format, and each call after a pause, for a runtime's threads go on turning for a moment. Values above 1 are faster than `detect`. *`detect` end to end* is from a JPEG file of 640 x 480 to its boxes, by the shipped weights.
 *Start to first box* is a process of its own, import included, of the script in examples/ for that format (for Keras: of `FCOS.from_preset("person").detect`; *by `Exported`*: of the library's class, which imports OpenCV and its readers too); the peak is what the kernel saw of that process (VmHWM), one picture at a time, with the runtime's own number of threads.
-*The camera* is a pretended one of 640 x 480 pixels and 30 frames a second; its pictures are drawn for a screen of 1280 x 720, and no window is opened."""
+*The camera* is a pretended one of 640 x 480 pixels and 30 frames a second; its pictures are drawn for a screen of 1280 x 720, and no window is opened.
+
+Two more are not of time: `python bench/precision.py --coco DIR --keep` puts the AP of every exported format beside Keras' into this table, and `python bench/ablations.py` measures what each difference of the recipe `scratch` is worth ([the chapter](../nbs/17f_ablations.ipynb))."""
 
 if __name__ == "__main__": main()
