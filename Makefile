@@ -15,6 +15,7 @@ setup: .venv/installed
 
 .venv/package: settings.ini setup.py pyproject.toml
 	$(PYTHON) -m venv .venv && $(BIN)/python -m pip install --quiet --editable .
+	$(BIN)/python tests/check_opencv.py
 	touch $@
 
 .venv/installed: .venv/package
