@@ -1,7 +1,7 @@
 """What each difference between the recipes `scratch` and `source` is worth: `scratch` with one number at a time as the source has it.
 
-python bench/ablations.py                                    drawn scenes, about 50 minutes on two cores
-python bench/ablations.py --coco DIR --image-size 256        photographs, a night
+python bench/ablations.py --jobs 2                           drawn scenes
+python bench/ablations.py --coco DIR --image-size 256        photographs
 
 Every run is `python -m fcos_lite.train` in a process of its own, from random numbers; it is measured on pictures that it has not seen. A run that ablations.json has already is not made again, so that the table may be
 interrupted, and grow.
@@ -23,7 +23,7 @@ from fcos_lite.config import SOURCE_RECIPE
 
 HERE = Path(__file__).resolve().parent
 FILE = HERE / "ablations.json"
-DIFFERENCES = { # what a run without it is called: the fields of the recipe that it has from the source
+DIFFERENCES = { # what a run without it is called: the fields of the recipe that it has from the source; all but `patience` and `monitor`, which only say when to stop
     "the source's rates": ("peak_rate", "final_rate", "warmup_steps"),
     "an update per 8 × 4 pictures": ("batch_size", "accumulate"),
     "a tenth of the weight decay": ("weight_decay",),
@@ -35,11 +35,10 @@ DIFFERENCES = { # what a run without it is called: the fields of the recipe that
     "no mirror": ("flip",),
     "no zoom": ("zoom",),
 }
-WITHOUT_EFFECT = ("patience", "monitor") # on what is learned in so many epochs
 FIRST_VALUES = {"scale_start": 1.0, "ltrb_bias": 0.0} # of the network: ours, in neither recipe
 SCENES = {"min_height": 20, "max_people": 3} # a little easier than the book's, as so few views ask
 UNSEEN_SEED = 100 # of the scenes that are measured on; training validates on seeds of its own
-SEEDS = (0, 1, 2) # of `scratch` as it is: how much is chance
+SEEDS = (0, 1, 2) # of `scratch` as it is: how much is chance; a seed draws other scenes to learn from, too
 
 def flag(name, value): # words of the command line
     words = value if isinstance(value, tuple) else ("none" if value is None else value,)
@@ -60,12 +59,10 @@ def run(changed, seed, a, folder, core): # a row
     data = ["--coco", a.coco] if a.coco else [word for name, value in SCENES.items() for word in flag(name, value)]
     limit = ["--limit", a.limit] if a.coco and a.limit else []
     recipe = [word for name, value in changed.items() for word in flag(name, value)]
-    started = time.time()
     command("train", [*data, *limit, *([] if a.coco else ["--scenes", a.scenes]), "--image-size", a.image_size, "--epochs", a.epochs, "--seed", seed, "--evaluate-every", 0, "--out", folder / "run", *recipe], core)
-    seconds = time.time() - started
     command("evaluate", ["--weights", folder / "run", *data, *(limit if a.coco else ["--limit", a.unseen, "--seed", UNSEEN_SEED]), "--pictures", 1, "--out", folder / "report"], core)
     report = json.loads((folder / "report" / "evaluation.json").read_text(encoding="utf-8"))
-    return {**{name: round(report[name], 4) for name in ("AP", "AP50", "AP75", "source_map75")}, "seconds": round(seconds)}
+    return {name: round(report[name], 4) for name in ("AP", "AP50", "AP75", "source_map75")}
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -83,13 +80,17 @@ def main():
     settings = {"image_size": a.image_size, "epochs": a.epochs, **({"photographs": a.limit or "all"} if a.coco else {"scenes": a.scenes, "unseen": a.unseen, **SCENES})}
     table = kept.setdefault(f"{'photographs' if a.coco else 'scenes'}, {a.image_size}²", {"settings": settings, "rows": []})
     if table["settings"] != settings: sys.exit(f"{FILE} has this table with other settings, {table['settings']}; take those, or remove it")
-    begun, lock, cores = time.time(), threading.Lock(), queue.SimpleQueue()
+    begun, lock, cores, failed = time.time(), threading.Lock(), queue.SimpleQueue(), threading.Event()
     for core in sorted(os.sched_getaffinity(0))[:a.jobs] if a.jobs > 1 else [None]: cores.put(core)
     def one(name, changed, seed):
-        if any(row["name"] == name and row["seed"] == seed for row in table["rows"]) or time.time() - begun > 60 * a.minutes: return
+        if failed.is_set() or any(row["name"] == name and row["seed"] == seed for row in table["rows"]) or time.time() - begun > 60 * a.minutes: return
         core = cores.get()
-        with tempfile.TemporaryDirectory() as folder: row = {"name": name, "changed": changed, "seed": seed, **run(changed, seed, a, Path(folder), core)}
-        cores.put(core)
+        try:
+            with tempfile.TemporaryDirectory() as folder: row = {"name": name, "changed": changed, "seed": seed, **run(changed, seed, a, Path(folder), core)}
+        except BaseException:
+            failed.set()        # begin no other
+            raise
+        finally: cores.put(core)
         with lock:
             table["rows"].append(row)
             print(row, flush=True)

@@ -223,7 +223,7 @@ def measured_with(results):
     "Which parts a processor with which instructions has measured."
     by_vectors = {}
     for part, vectors in results.get("vectors", {}).items(): by_vectors.setdefault(vectors, []).append(f"`{part}`")
-    return "".join(f" With {vectors}: {', '.join(parts)}." for vectors, parts in by_vectors.items())
+    return "".join(f" Measured with {vectors}: {', '.join(parts)}." for vectors, parts in by_vectors.items())
 
 def steps_and_detection(results, rounds):
     results |= {"training_step": {}, "detect": {}}
