@@ -100,7 +100,7 @@ def test_a_film_is_its_frames_one_by_one(model, folder, batch_size):
     for frame, result in zip(frames, results): np.testing.assert_allclose(result.xyxy, model.detect(frame.image, ALL).xyxy, atol=1e-3)
 
 def test_a_film_of_uneven_pace_keeps_its_times(model, scene, tmp_path):
-    "Frames that are shown for 40, 200, 400 and 40 milliseconds: each result has the time of its own, and the film that the command writes is even and shows each for as long. Nothing but a GIF can be written unevenly with what is here."
+    "Frames that are shown for 40, 200, 400 and 40 milliseconds: each result has the time of its own, and the film that the command writes is even, and as long. Nothing but a GIF can be written unevenly with what is here."
     shown = [40, 200, 400, 40]
     pictures = [Image.fromarray(np.roll(scene, 4 * step, axis=1)) for step in range(4)]
     pictures[0].save(tmp_path / "uneven.mp4", "GIF", save_all=True, append_images=pictures[1:], duration=shown)     # FFmpeg looks at what is in a file
