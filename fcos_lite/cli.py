@@ -8,7 +8,7 @@ __all__ = ['COMMANDS', 'usage', 'main']
 # %% ../nbs/22_cli.ipynb #65b59250
 import importlib
 import sys
-from .config import run_command
+from .flags import run_command
 
 # %% ../nbs/22_cli.ipynb #d287c793
 COMMANDS = {"demo": "learn, measure and look, in ten minutes and without data",

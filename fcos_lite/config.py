@@ -6,17 +6,11 @@
 __all__ = ['SOURCE', 'CHOICES', 'SOURCE_RECIPE', 'CURRICULUM', 'SCRATCH_RECIPE', 'LONG_RECIPE', 'SOURCE_EVALUATION',
            'SOURCE_CAMERA', 'COCO_EVALUATION', 'NETWORKS', 'RECIPES', 'THRESHOLDS', 'InputError', 'check', 'Network',
            'check_network', 'Stage', 'check_stage', 'check_stages', 'read_word', 'stage_of', 'Recipe', 'check_recipe',
-           'Thresholds', 'thresholds_of', 'field_comments', 'optional', 'flag_options', 'add_flags', 'with_flags',
-           'run_command']
+           'Thresholds', 'thresholds_of']
 
 # %% ../nbs/00_config.ipynb #526e43c6
-import argparse
 import dataclasses
-import inspect
 import math
-import re
-import sys
-import types
 import typing
 from dataclasses import dataclass
 
@@ -246,62 +240,3 @@ def thresholds_of(value): # Thresholds, or a name of them -> Thresholds
     if isinstance(value, Thresholds): return value
     check(value in THRESHOLDS, f"thresholds {value!r}: choose one of {', '.join(THRESHOLDS)}, or give a Thresholds")
     return THRESHOLDS[value]
-
-# %% ../nbs/00_config.ipynb #9201135a
-def field_comments(
-    cls, # a dataclass with a comment behind every field
-): # {field name: comment}
-    "What stands behind each field of a dataclass."
-    return dict(re.findall(r"^    (\w+):[^#\n]*#\s*(.+)$", inspect.getsource(cls), re.MULTILINE))
-
-# %% ../nbs/00_config.ipynb #5bbc694d
-def optional(
-    kind, # a type
-): # text -> None or a value of that type
-    "Reads `none`, or a value of this type."
-    return lambda text: None if text == "none" else kind(text)
-
-def flag_options(
-    field, # a field of a dataclass
-): # keyword arguments of `ArgumentParser.add_argument`
-    "How argparse reads a field of this type."
-    kind = field.type
-    several = typing.get_args(kind)[0] if typing.get_origin(kind) is tuple else None
-    if dataclasses.is_dataclass(several): return {"action": "append", "metavar": "LINE"}   # given once for each stage
-    if several: return {"nargs": "+", "type": several, "metavar": "X"}
-    if isinstance(kind, types.UnionType): return {"type": optional(typing.get_args(kind)[0]), "metavar": "X"}
-    if kind is bool: return {"action": argparse.BooleanOptionalAction}
-    return {"type": kind, "metavar": "X", "choices": CHOICES.get(field.name)}
-
-# %% ../nbs/00_config.ipynb #ad1a778c
-def add_flags(
-    parser, # an argparse parser or group
-    cls, # a dataclass
-    skip=(), # names of fields that get no flag
-):
-    "A flag for every field; one that is not given stays out of the parsed arguments."
-    comments = field_comments(cls)
-    for field in dataclasses.fields(cls):
-        if field.name in skip: continue
-        name = "stage" if field.name == "stages" else field.name
-        parser.add_argument("--" + name.replace("_", "-"), dest=field.name, default=argparse.SUPPRESS,
-                            help=comments.get(field.name, "").replace("%", "%%"), **flag_options(field))
-
-# %% ../nbs/00_config.ipynb #8766e261
-def with_flags(
-    preset, # an instance of a dataclass
-    arguments, # what argparse parsed
-): # a changed copy of the preset
-    "A preset with the fields that were given on the command line."
-    given = {f.name: getattr(arguments, f.name) for f in dataclasses.fields(preset) if hasattr(arguments, f.name)}
-    return dataclasses.replace(preset, **{k: tuple(v) if isinstance(v, list) else v for k, v in given.items()})
-
-# %% ../nbs/00_config.ipynb #c4c444d7
-def run_command(
-    main, # a function without arguments
-):
-    "Run a command; a user's mistake ends it with a sentence and exit code 2."
-    try: main()
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)

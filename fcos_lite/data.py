@@ -10,8 +10,9 @@ import argparse
 import sys
 import time
 from pathlib import Path
-from .config import NETWORKS, RECIPES, InputError, add_flags, check, run_command, with_flags
+from .config import NETWORKS, RECIPES, InputError, check
 from .download import COCO_2017, download
+from .flags import add_flags, run_command, with_flags
 from .formats import Examples
 from .packs import main as pack
 from .readers import parts_in, read_dataset

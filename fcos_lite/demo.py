@@ -12,8 +12,9 @@ from pathlib import Path
 import cv2
 import matplotlib.cbook
 from . import train
-from .config import SOURCE_CAMERA, run_command
+from .config import SOURCE_CAMERA
 from .detect import detect_files, write_found
+from .flags import run_command
 from .memory import keep_freed_memory
 from .model import FCOS
 from .scenes import Scenes, World

@@ -9,7 +9,8 @@ __all__ = ['EPILOG', 'find_pictures', 'detect_files', 'as_rows', 'Recorder', 'wr
 import argparse
 import json
 from pathlib import Path
-from .config import SOURCE_CAMERA, THRESHOLDS, InputError, Thresholds, add_flags, check, run_command, with_flags
+from .config import SOURCE_CAMERA, THRESHOLDS, InputError, Thresholds, check
+from .flags import add_flags, run_command, with_flags
 from .model import FCOS
 from .results import DISPLAYS, as_csv, as_line, coco_rows, image_id_of, plain_boxes, save_picture
 from .sources import PICTURES, find_sources

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['LOSSES', 'EPILOG', 'Evaluator', 'predict', 'plot_precision_recall', 'picture_of', 'cut_out', 'worst_page',
-           'write_picture', 'summary', 'evaluate', 'write_report', 'parser', 'check_out', 'show_progress', 'main']
+           'write_picture', 'summary', 'evaluate', 'write_report', 'parser', 'show_progress', 'main']
 
 # %% ../nbs/16b_evaluate.ipynb #24608c2a
 import argparse
@@ -19,7 +19,8 @@ import keras
 import numpy as np
 from matplotlib.figure import Figure
 from .batches import Batches
-from .config import COCO_EVALUATION, SOURCE_EVALUATION, InputError, add_flags, check, run_command, with_flags
+from .config import COCO_EVALUATION, SOURCE_EVALUATION, InputError, check
+from .flags import add_flags, check_out, run_command, with_flags
 from .images import Letterbox
 from .metrics import best_cut, coco_evaluation, outcomes, precision_recall, ranking, source_map75, worst
 from .model import FCOS, collect, fill
@@ -78,10 +79,7 @@ def predict(
     return found, {**dict(zip(LOSSES, (sums[:, :-1] * weights).sum(0) / max(1, positives.sum()))), "positives": positives.sum()}
 
 # %% ../nbs/16b_evaluate.ipynb #2c7825f7
-def plot_precision_recall(
-    curves, # as metrics.precision_recall gives them
-    path,   # of the picture
-):
+def plot_precision_recall(curves, path): # as metrics.precision_recall gives them; of the picture
     "Precision over recall of every class, and its best cut."
     figure = Figure(figsize=(5.5, 3.6), layout="constrained")
     axes = figure.subplots()
@@ -211,16 +209,6 @@ def parser():
     return p
 
 # %% ../nbs/16b_evaluate.ipynb #d5d62cba
-def check_out(
-    out,   # folder
-    force, # whether an earlier evaluation may be replaced
-):
-    "Refuse to write where something else is."
-    check(not out.is_file(), f"--out {out}: a file has this name; choose a folder")
-    if not out.exists() or not any(out.iterdir()): return
-    check(force, f"--out {out}: the folder exists and is not empty; choose another name, or add --force to replace an earlier evaluation")
-    check((out / "evaluation.json").is_file() and not (out / "config.json").exists(), f"--out {out}: --force replaces earlier evaluations only, and this folder holds something else")
-
 def show_progress(done, count):
     "One line that moves, on a terminal; nothing in a file."
     if sys.stdout.isatty(): print(f"\r{done}/{count} batches", end="" if done < count else "\r" + " " * 30 + "\r", flush=True)
@@ -228,7 +216,7 @@ def show_progress(done, count):
 def main(argv=None):
     arguments = parser().parse_args(argv)
     out = Path(arguments.out)
-    check_out(out, arguments.force)
+    check_out(out, arguments.force, "evaluation", lambda folder: (folder / "evaluation.json").is_file() and not (folder / "config.json").exists())   # nor a run with one
     for name in ("batch_size", "limit"): check(getattr(arguments, name) is None or getattr(arguments, name) >= 1, f"--{name.replace('_', '-')} {getattr(arguments, name)}: give at least 1")
     model = FCOS.from_preset(arguments.weights)
     if arguments.coco: examples = read_dataset(arguments.coco, arguments.part, model.network.class_names, arguments.limit)

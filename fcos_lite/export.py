@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['EPILOG', 'representative', 'write_folder', 'export', 'check_squares', 'shrink', 'load_at', 'compare', 'parser',
-           'check_out', 'main']
+           'main']
 
 # %% ../nbs/23b_export.ipynb #304a0720
 import argparse
@@ -15,8 +15,9 @@ import tempfile
 from dataclasses import replace
 from pathlib import Path
 import numpy as np
-from .config import SOURCE_CAMERA, Thresholds, add_flags, check, run_command, with_flags
+from .config import SOURCE_CAMERA, Thresholds, check
 from .exported import FILES, FORMATS, PAGE, RUNTIMES, WRITERS, Exported, check_format, check_packages, difference, digest, page_for, read_page
+from .flags import add_flags, check_out, run_command, with_flags
 from .images import Letterbox, read_image
 
 # %% ../nbs/23b_export.ipynb #e463e8cf
@@ -161,22 +162,12 @@ def parser(): # argparse.ArgumentParser
     return p
 
 # %% ../nbs/23b_export.ipynb #26fb8c1e
-def check_out(
-    out,   # folder
-    force, # whether an earlier export may be replaced
-):
-    "Refuse to write where something else is."
-    check(not out.is_file(), f"--out {out}: a file has this name; choose a folder")
-    if not out.exists(): return
-    check(force, f"--out {out}: exists already; choose another name, or add --force to replace an earlier export")
-    check((out / PAGE).is_file(), f"--out {out}: --force replaces earlier exports only, and this folder holds something else")
-
 def main(argv=None):
     "The command `python -m fcos_lite.export`."
     a = parser().parse_args(argv)
     out = Path(a.out)
     check_format(a.format, a.precision)
-    check_out(out, a.force)
+    check_out(out, a.force, "export", lambda folder: (folder / PAGE).is_file())
     check_packages([RUNTIMES[a.format], *WRITERS[a.format]])
     for name in ("rows", "batch_size", "representative"): check(getattr(a, name) >= 1, f"--{name.replace('_', '-')} {getattr(a, name)}: give at least 1")
     check(os.environ.get("KERAS_BACKEND", "tensorflow") == "tensorflow", f"KERAS_BACKEND {os.environ.get('KERAS_BACKEND')}: graphs are written with TensorFlow; run again with KERAS_BACKEND=tensorflow (weights trained on JAX are welcome)")

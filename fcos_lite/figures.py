@@ -27,10 +27,8 @@ CIRCLE = np.stack([np.cos(TURN), np.sin(TURN)], -1).astype(np.float32)
 SWELL = 0.6   # pixels by which OpenCV's smooth polygons are too large on every side
 
 def outlines(
-    centres, # (N, 2)
-    radii,   # (N, 1)
-    origin,  # (2,) the point that falls on pixel (0, 0)
-    zoom,    # pixels a unit
+    centres, radii, # (N, 2); (N, 1)
+    origin, zoom,   # (2,) the point that falls on pixel (0, 0); pixels a unit
 ): # (N, 20, 2) int32, sixteenths of a pixel
     "Points on every disc's rim."
     rims = np.maximum(radii - SWELL / zoom, 0)[:, None] * CIRCLE

@@ -72,9 +72,7 @@ def pretend(
 # %% ../nbs/16a_metrics.ipynb #64146c6b
 METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")   # in the order of COCOeval.stats
 
-def areas_of(
-    example, # images.Example
-): # (N,) pixels²
+def areas_of(example): # images.Example -> (N,) pixels²
     "What COCO calls a person's area: the annotation's, of the outline; else width times height."
     boxes = example.boxes
     return example.areas if example.areas is not None else (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])
@@ -102,10 +100,7 @@ def in_memory(
     return coco
 
 # %% ../nbs/16a_metrics.ipynb #41f4461a
-def ground_truth(
-    examples,
-    class_names,
-): # COCO
+def ground_truth(examples, class_names): # COCO
     "The truth in COCO's form."
     rows = []
     for i, example in enumerate(examples):

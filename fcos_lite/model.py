@@ -204,10 +204,7 @@ def in_batches(
     values = iter(values)
     while batch := list(itertools.islice(values, count)): yield batch
 
-def fill(
-    values, # (N, ...)
-    count,  # at least N
-): # (count, ...)
+def fill(values, count): # (N, ...); at least N -> (count, ...)
     "The last row repeated until there are `count`."
     return np.concatenate([values, np.repeat(values[-1:], count - len(values), axis=0)])
 

@@ -14,10 +14,11 @@ from pathlib import Path
 import cv2
 import numpy as np
 from .checks import Report, stop_past
-from .config import InputError, check, run_command
+from .config import InputError, check
+from .flags import run_command
 from .formats import Examples, as_coco
 from .images import Example
-from .readers import Reading, has_part, parts_in, read_dataset
+from .readers import has_part, parts_in, read_dataset
 
 # %% ../nbs/05f_packs.ipynb #96a30601
 def shrink(
@@ -108,10 +109,10 @@ def read_several(
     check(len(set(ids)) == len(ids), f"{', '.join(map(str, holding))}: image id {next((i for i in ids if ids.count(i) > 1), None)} is in more than one; give each picture once")
     return parts[0] if len(parts) == 1 else Examples(total, class_names, sum_reports([examples.report for examples in parts]))
 
-def sum_reports(reports): # Reading
+def sum_reports(reports): # Report
     "One report for several."
     counts = {name: sum(getattr(report, name) for report in reports) for name in ("pictures", "empty", "boxes", "crowds")}
-    whole = Reading(", ".join(report.path for report in reports), **counts, notes=[note for report in reports for note in report.notes])
+    whole = Report(", ".join(report.path for report in reports), **counts, notes=[note for report in reports for note in report.notes])
     for report in reports:
         whole.skipped.update(report.skipped)
         whole.first = {**report.first, **whole.first}

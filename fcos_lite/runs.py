@@ -16,6 +16,7 @@ import shutil
 from pathlib import Path
 from .checks import locked
 from .config import InputError, Network, Recipe, check
+from .flags import check_out
 from .weights import preset_of, save_weights
 
 # %% ../nbs/18_runs.ipynb #d19ddf9b
@@ -56,10 +57,7 @@ def clear_for_run(
     force, # whether an earlier run may go
 ): # Path or None: where the earlier run lies now
     "Make room for a run, or refuse to; an earlier one is set aside, beside it."
-    check(not path.is_file(), f"--out {path}: this is a file; choose a folder")
-    if not path.exists() or not any(path.iterdir()): return None
-    check(force, f"--out {path}: the folder exists and is not empty; choose another name, or add --force to replace the run in it")
-    check((path / "config.json").is_file(), f"--out {path}: --force replaces earlier runs only, and this folder holds none (it has no config.json)")
+    if not check_out(path, force, "run", lambda folder: (folder / "config.json").is_file()): return None
     aside = path.with_name(f".{path.name}.replaced")
     with locked(path):
         if aside.exists(): shutil.rmtree(path)      # of a start that was killed before it began: what it was to replace still waits there

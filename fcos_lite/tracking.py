@@ -21,7 +21,8 @@ from pathlib import Path
 import keras
 from matplotlib.figure import Figure
 import fcos_lite
-from .config import InputError, check, run_command
+from .config import InputError, check
+from .flags import run_command
 from .runs import write_json, write_whole
 from .visualize import PALETTE, style
 
@@ -54,7 +55,6 @@ def draw(panels, height): # {name of an axis: [(rows, column, look of the line)]
             elif len(axes.get_legend_handles_labels()[1]) > 1: axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=4, borderpad=0, handlelength=1, columnspacing=1)
     return figure
 
-# %% ../nbs/18b_tracking.ipynb #9c3dadbe
 LOSSES = "loss (dashed: validation)"
 PARTS = {"loss": PALETTE[7], "cls": PALETTE[0], "reg": PALETTE[1], "ctr": PALETTE[2]}
 
@@ -135,7 +135,6 @@ def address(uri, folder): # as `Tracking` takes it; of the run -> string or None
     check(uri is None or "://" in uri and not uri.startswith("file:"), f"--mlflow {uri}: MLflow's file store does not survive an interrupted run; give sqlite:///FILE.db, or the http://HOST:PORT of a server")
     return uri
 
-# %% ../nbs/18b_tracking.ipynb #c3ae5223
 def probe(uri):
     "Raise what SQLite has against a database, and soon."
     if not uri.startswith("sqlite:///"): return

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from fcos_lite import detect, evaluate, packs, train
+from fcos_lite import datasets, detect, evaluate, packs, train
 from fcos_lite.batches import Batches
 from fcos_lite.config import SCRATCH_RECIPE, InputError, Network
 from fcos_lite.formats import read_coco, write_coco
@@ -299,7 +299,7 @@ def test_a_run_that_is_refused_leaves_no_folder(coco):
 def test_learned_and_measured_pictures_are_apart_whatever_their_names(coco):
     "One photograph of val2017 is in train2017 too, under another name."
     shutil.copy(sorted((coco / "val2017").iterdir())[0], pictures(coco)[0])
-    with_it, validation = train.read_data([coco], ("person",), None, 0.1)
+    with_it, validation = datasets.read_data([coco], ("person",), None, 0.1)
     assert len(with_it) == 7 and len(validation) == 4 and with_it.report.skipped["copy of a picture of val2017"] == 1
 
 def test_a_pack_is_whole_or_not_there(coco, tmp_path, monkeypatch):

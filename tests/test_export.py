@@ -9,7 +9,7 @@ import cv2
 import numpy as np
 import pytest
 from fcos_lite.config import COCO_EVALUATION, SOURCE_CAMERA, InputError, Network
-from fcos_lite.export import check_out, compare, export, load_at, main, representative, shrink
+from fcos_lite.export import compare, export, load_at, main, representative, shrink
 from fcos_lite.exported import FORMATS, PAGE, Exported, difference, read_page
 from fcos_lite.images import Letterbox
 from fcos_lite.scenes import Scenes, World
@@ -146,8 +146,10 @@ def test_bad_wishes_are_refused_and_leave_nothing(model, squares, tmp_path):
         assert not (tmp_path / "new").exists()
     (tmp_path / "old").mkdir()
     with pytest.raises(InputError, match="exists already"): export(model, tmp_path / "old")
-    with pytest.raises(InputError, match="exists already"): check_out(tmp_path / "old", force=False)
-    with pytest.raises(InputError, match="something else"): check_out(tmp_path / "old", force=True)
+    (tmp_path / "old" / "mine.txt").write_text("precious")
+    for words, says in (([], "add --force"), (["--force"], "something else")):
+        with pytest.raises(InputError, match=says): main(["--out", str(tmp_path / "old"), *words])
+    assert (tmp_path / "old" / "mine.txt").read_text() == "precious"
 
 def test_an_exported_detector_refuses_other_pictures(written):
     exported, *_ = written("litert")
@@ -198,7 +200,7 @@ def test_the_command_from_weights_to_checked_boxes(tmp_path, capsys):
     main(command)
     assert "against Keras" in capsys.readouterr().out and len(list(tmp_path.iterdir())) == 1
     assert read_page(tmp_path / "small")["weights"]["sha256"] in (ROOT / "weights/person.weights.h5.sha256").read_text()
-    with pytest.raises(InputError, match="exists already"): main(command)
+    with pytest.raises(InputError, match="add --force"): main(command)
     main([*command, "--force", "--no-nms"])
     assert set(read_page(tmp_path / "small")["outputs"]) == {"boxes", "scores"}
 

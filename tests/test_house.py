@@ -14,14 +14,14 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "fcos_lite"
 FLOORS = [
     {"config"},
-    {"boxes", "schedule", "optimizer", "backbone", "visualize", "memory", "download", "video"},
+    {"flags", "boxes", "schedule", "optimizer", "backbone", "visualize", "memory", "download", "video", "meeting"},
     {"backbones"},
-    {"images", "fpn", "heads", "targets", "losses", "augment", "figures", "nms", "camera"},
+    {"heatmaps", "images", "fpn", "heads", "targets", "losses", "augment", "figures", "nms", "camera"},
     {"checks", "backdrops", "weights", "results", "sources", "watch"},
     {"scenes", "formats", "dialects", "batches", "model", "records"},
     {"metrics", "runs", "readers", "splits", "finetuning", "shards", "census", "graphs", "exported"},
     {"detect", "evaluate", "packs", "checkpoints", "tracking", "streams"},
-    {"training", "team", "data", "export"},
+    {"training", "team", "data", "export", "datasets"},
     {"reports", "guards", "curriculum", "processes"},
     {"train"},
     {"demo"},
@@ -76,6 +76,14 @@ def test_no_saved_errors_no_heavy_pictures_and_outputs_everywhere():
         assert max(sizes, default=0) <= 60_000, f"{path.name} holds a picture of {max(sizes)} bytes"
     heavy = [file.name for file in (ROOT / "nbs" / "images").iterdir() if file.stat().st_size > 60_000]
     assert not heavy, f"nbs/images: {heavy} are over 60 kB; scale or compress them"
+
+def test_no_chapter_is_too_long():
+    "80 cells, 200 exported lines: past that, one chapter answers two questions."
+    for path in sorted((ROOT / "nbs").rglob("*.ipynb")):
+        cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
+        exported = [text for c in cells if c["cell_type"] == "code" and (text := "".join(c["source"])).startswith("#| export")]
+        lines = [line for text in exported for line in text.splitlines() if line.strip() and not line.startswith("#|")]
+        assert len(cells) <= 80 and len(lines) <= 200, f"{path.name}: {len(cells)} cells, {len(lines)} exported lines; split it"
 
 def test_export_is_up_to_date(tmp_path):
     "The package says what the notebooks say: exporting again changes nothing."

@@ -16,7 +16,8 @@ import numpy as np
 import pytest
 from fcos_lite import team as team_module
 from fcos_lite.config import InputError
-from fcos_lite.team import Team, Watch, asked, gather, report_to
+from fcos_lite.meeting import asked, gather, report_to
+from fcos_lite.team import Team, Watch
 
 needs_jax = pytest.mark.skipif(importlib.util.find_spec("jax") is None, reason="JAX is not installed")
 EPOCHS, STEPS = 25, 50

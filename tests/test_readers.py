@@ -15,11 +15,12 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from fcos_lite.checks import pictures_in
 from fcos_lite.config import InputError
 from fcos_lite.dialects import LEAN, as_voc, as_yolo, half_box, lean, parse_xml, voc_row, yolo_row
 from fcos_lite.formats import Examples, read_coco, write_coco
 from fcos_lite.images import Example
-from fcos_lite.readers import LAYOUTS, find_pictures, read_dataset
+from fcos_lite.readers import LAYOUTS, read_dataset
 from fcos_lite.scenes import Scenes, World
 from fcos_lite.splits import check_apart, chunks, count_people, distinct, hold_out
 from test_bad_input import SKIPS, STOPS, WORLD, clean, coco, message   # the cases of COCO, and their folder
@@ -83,8 +84,8 @@ def test_a_journey_through_other_layouts_changes_nothing(journey, scenes, tmp_pa
 
 @pytest.mark.parametrize("layout", ["YOLO", "VOC"])
 def test_training_and_packs_take_it_as_it_is(layout, three, scenes, tmp_path, capsys):
-    from fcos_lite import packs, train
-    learned, kept_aside = train.read_data([three / layout], NAMES, None, 0.25)      # there is no part val
+    from fcos_lite import datasets, packs
+    learned, kept_aside = datasets.read_data([three / layout], NAMES, None, 0.25)      # there is no part val
     assert 0 < len(kept_aside) < len(learned)
     same(scenes, [*kept_aside, *learned], 1e-3, crowds=layout != "YOLO")
     packs.main(["--coco", str(three / layout), "--parts", "train", "--class-names", *NAMES, "--out", str(tmp_path / "packs"), "--image-size", "2000"])
@@ -170,7 +171,7 @@ def test_key_points_and_a_page_among_the_pictures(three, scenes):
 
 def label(folder, number=0): return sorted((folder / "labels/train").iterdir())[number]
 def page(folder, number=0): return sorted((folder / "Annotations").iterdir())[number]
-def picture(folder, number=0): return find_pictures(folder)[number]
+def picture(folder, number=0): return pictures_in(folder)[number]
 def line(text): return lambda folder: label(folder).write_text(label(folder).read_text() + text + "\n")
 def yaml(text): return lambda folder: (folder / "data.yaml").write_text(text)
 def listing(text): return lambda folder: (folder / "ImageSets/Main/train.txt").write_text(text)
@@ -591,7 +592,7 @@ def test_a_part_that_is_held_out_is_a_small_copy_of_the_whole(count, seed):
     assert (np.abs(np.bincount([count_people(e) for e in held], minlength=7) - np.bincount(people) * count / 200) < 1).all()
 
 def test_no_picture_is_in_two_parts_under_another_name(three):
-    for copy, original in (("000000000099.jpg", 0), ("000000000098.jpg", 5)): shutil.copy(find_pictures(three / "YOLO")[original], three / f"YOLO/images/train/{copy}")
+    for copy, original in (("000000000099.jpg", 0), ("000000000098.jpg", 5)): shutil.copy(pictures_in(three / "YOLO")[original], three / f"YOLO/images/train/{copy}")
     found = read_dataset(three / "YOLO", "train")
     for seed in range(5):
         kept, copies = distinct(found)
