@@ -20,6 +20,10 @@ BATCH = {"boxes": np.float32([[[10, 8, 40, 60], [30, 20, 44, 50], [0, 40, 63, 63
 def compute(inputs, fit=False):
     "Everything that is compared, as one dictionary of arrays; runs under either backend."
     import keras
+    def whole(function, *arrays): # JAX compiles what it is given: one graph, where operation by operation it would compile a thousand
+        if keras.backend.backend() != "jax": return function(*arrays)
+        import jax
+        return jax.jit(function)(*map(keras.ops.convert_to_tensor, arrays))
     from fcos_lite.evaluate import Evaluator
     from fcos_lite.model import FCOS
     from fcos_lite.nms import decode, nms
@@ -29,13 +33,13 @@ def compute(inputs, fit=False):
     values = {f"outputs_{name}": np.array(value) for name, value in outputs.items()}
     for recipe in RECIPES:
         model.recipe = RECIPES[recipe]
-        values |= {f"{recipe}_targets_{name}": np.array(value) for name, value in model.targets(BATCH["boxes"], BATCH["labels"]).items()}
-        values |= {f"{recipe}_losses_{name}": np.array(value) for name, value in model.losses_of(outputs, BATCH["boxes"], BATCH["labels"]).items()}
-    boxes, scores = decode(outputs, NETWORK.image_size, NETWORK.strides)
+        values |= {f"{recipe}_targets_{name}": np.array(value) for name, value in whole(model.targets, BATCH["boxes"], BATCH["labels"]).items()}
+        values |= {f"{recipe}_losses_{name}": np.array(value) for name, value in whole(lambda boxes, labels: model.losses_of(outputs, boxes, labels), BATCH["boxes"], BATCH["labels"]).items()}
+    boxes, scores = whole(lambda *maps: decode(dict(zip(outputs, maps)), NETWORK.image_size, NETWORK.strides), *outputs.values())
     values |= {"decoded_boxes": np.array(boxes), "decoded_scores": np.array(scores)}
     if "boxes" in inputs: boxes, scores = inputs["boxes"], inputs["scores"]    # NMS compares scores, and one bit can change an order: the same ones for both
     t = COCO_EVALUATION
-    found = nms(keras.ops.convert_to_tensor(boxes), keras.ops.convert_to_tensor(scores), t.iou, t.score, t.max_per_class, 200)
+    found = whole(lambda boxes, scores: nms(boxes, scores, t.iou, t.score, t.max_per_class, 200), keras.ops.convert_to_tensor(boxes), keras.ops.convert_to_tensor(scores))
     values |= {f"found_{name}": np.array(value) for name, value in found.items()}
     if fit:
         model = FCOS(replace(NETWORK, backbone_blocks=(1, 1, 1, 1), tower_depth=1))

@@ -16,7 +16,8 @@ from fcos_lite.model import FCOS
 
 boxes = np.float32([[[301.7, 77.3, 417.2, 509.4], [0, 0, 0, 0]], [[11.3, 20.9, 350.1, 401.6], [260.3, 300.1, 290.7, 399.9]]])
 batch = {"image": np.random.default_rng(0).integers(0, 256, (2, 512, 512, 3)).astype("uint8"), "boxes": boxes, "labels": np.int32([[0, -1], [0, 0]])}
-network = replace(SOURCE, backbone_blocks=(1, 1, 1, 1), tower_depth=1)
+network = replace(SOURCE, stem_filters=8, stem_groups=2, backbone_filters=(8, 8, 8, 8), backbone_blocks=(1, 1, 1, 1), backbone_groups=4, pyramid_channels=16, pyramid_groups=4,
+                  tower_depth=1, tower_channels=16, tower_groups=4)   # at the full 512 pixels: 301.7 is no number of 16 bits
 model = FCOS(network, replace(SCRATCH_RECIPE, flip=0.0, zoom=(1, 1)))
 assert model.fpn.layers[-1].compute_dtype == sys.argv[1].removeprefix("mixed_"), "the policy does not reach the pyramid"
 assert model.heads.cls_tower.layers[0].compute_dtype == sys.argv[1].removeprefix("mixed_"), "the policy does not reach the towers"
