@@ -140,7 +140,7 @@ def test_a_bad_batch_is_found_after_a_resume(tmp_path):
     def run(dies):
         keras.utils.set_random_seed(1)
         model, batches = build(*tiny(), precision="float32"), bad_batches(odd=4)
-        model.compile(make_optimizer(1e-3, 0.05, 10.0, 3, average=0.9), jit_compile=False)
+        model.compile(make_optimizer(1e-3, 0.05, 10.0, 3, average=0.9), jit_compile=False, run_eagerly=True)   # nine steps are done before two graphs are made
         model.optimizer.build(model.trainable_variables)
         checkpoint = Checkpoint(tmp_path, model, batches, {"run": {"seed": 1}}, every_steps=2, say=lambda line: None)
         checkpoint.fit(1, [Guard(tmp_path, batches), Watch(dies)], verbose=0)

@@ -14,7 +14,7 @@ import pytest
 from fcos_lite.formats import write_coco
 from fcos_lite.scenes import Scenes, World
 
-TINY = """--image-size 64 --stem-filters 8 --stem-groups 2 --backbone-filters 8 8 8 8 --backbone-blocks 1 1 1 1 --backbone-groups 4
+TINY = """--image-size 64 --strides 16 32 --level-areas 1024 --stem-filters 8 --stem-groups 2 --backbone-filters 8 8 8 8 --backbone-blocks 1 1 1 1 --backbone-groups 4
 --pyramid-channels 16 --pyramid-groups 4 --tower-depth 1 --tower-channels 16 --tower-groups 4""".split()
 SPEED = ("images_per_second", "memory_mb")   # the only columns that may differ between two equal runs
 
