@@ -72,6 +72,7 @@ def test_no_saved_errors_no_heavy_pictures_and_outputs_everywhere():
         outputs = [o for c in cells for o in c.get("outputs", [])]
         assert outputs, f"{path.name} is saved without outputs"
         assert not [o for o in outputs if o["output_type"] == "error"], f"{path.name} is saved with an error"
+        assert not [o for o in outputs if o.get("name") == "stderr" and "Warning" in "".join(o["text"])], f"{path.name} is saved with a warning; mend what it warns of"
         sizes = [len("".join(v)) * 3 // 4 for o in outputs for k, v in o.get("data", {}).items() if k.startswith("image/")]
         assert max(sizes, default=0) <= 60_000, f"{path.name} holds a picture of {max(sizes)} bytes"
     heavy = [file.name for file in (ROOT / "nbs" / "images").iterdir() if file.stat().st_size > 60_000]
