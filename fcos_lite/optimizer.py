@@ -8,6 +8,7 @@ __all__ = ['is_finite', 'GuardedAdamW', 'PacedAdamW', 'paces_of', 'CountingLossS
 
 # %% ../nbs/15a_optimizer.ipynb #af0a82f2
 import contextlib
+import functools
 import keras
 import numpy as np
 from keras import ops
@@ -49,8 +50,12 @@ class GuardedAdamW(keras.optimizers.AdamW):
         def refuse(): return weights, [*state[:-1], state[-1] + 1]
         return ops.cond(is_finite(grads) & (state[-1] == 0), take, refuse)
 
+    def move(self, gradients, variables, rate): # one gradient a variable; learning rate
+        "AdamW's step, its decay done."
+        super()._backend_update_step(gradients, variables, rate)
+
     def _backend_update_step(self, grads, trainable_variables, learning_rate):
-        super()._backend_update_step(grads, trainable_variables, learning_rate)
+        self.move(grads, trainable_variables, learning_rate)
         if not self.average: return
         updates = ops.cast(self.iterations, "float32")                      # made before this one
         share = ops.maximum(1 - self.average, 9 / (10 + updates))           # of the new weights
@@ -70,6 +75,7 @@ class PacedAdamW(GuardedAdamW):
         super().__init__(learning_rate, average=average, **kwargs)
         check(decay in ("all", "kernels"), f"decay {decay!r}: choose all or kernels")
         check(min(paces or (1,)) >= 0, f"paces: {min(paces or (1,))} is below 0, and would walk uphill")
+        check(not self.amsgrad, "amsgrad: there is no such variant here; leave it out")
         self.paces, self.decay = paces and tuple(paces), decay
 
     def build(self, variables):
@@ -80,13 +86,25 @@ class PacedAdamW(GuardedAdamW):
         "This variable's multiple of the learning rate."
         return self.paces[self._get_variable_index(variable)] if self.paces else 1.0
 
-    def update_step(self, gradient, variable, learning_rate):
-        super().update_step(gradient, variable, learning_rate * self.pace(variable))
+    def move(self, gradients, variables, rate):
+        step = ops.cast(self.iterations + 1, "float32")
+        root, rest = ops.sqrt(1 - ops.power(self.beta_2, step)), 1 - ops.power(self.beta_1, step)
+        new_mean, new_square, epsilon = (ops.convert_to_tensor(number, "float32") for number in (1 - self.beta_1, 1 - self.beta_2, self.epsilon))
+        @functools.cache
+        def length(pace): return rate * pace * root / rest
+        for gradient, variable in zip(gradients, variables):
+            place = self._get_variable_index(variable)
+            mean, square, gradient = self._momentums[place], self._velocities[place], ops.cast(gradient, variable.dtype)
+            self.assign_add(mean, ops.multiply(gradient - mean, new_mean))
+            self.assign_add(square, ops.multiply(ops.square(gradient) - square, new_square))
+            self.assign_sub(variable, ops.multiply(mean, length(self.pace(variable))) / ops.add(ops.sqrt(square), epsilon))
 
     def _apply_weight_decay(self, variables):
-        rate = self.learning_rate
+        rate, share = self.learning_rate, ops.convert_to_tensor(self.weight_decay, "float32")
+        @functools.cache
+        def length(pace): return rate * pace
         for variable in filter(self._use_weight_decay, variables):
-            variable.assign_sub(variable * self.weight_decay * (rate * self.pace(variable)))
+            self.assign_sub(variable, ops.multiply(variable, share) * length(self.pace(variable)))
 
     def _use_weight_decay(self, variable):
         return super()._use_weight_decay(variable) and (self.decay == "all" or len(variable.shape) > 1)
