@@ -13,14 +13,14 @@ ON_GPU := KERAS_BACKEND=jax $(PERSON) --precision mixed_bfloat16 --workers 8 --e
 
 setup: .venv/installed
 
-# --no-compile: the first import compiles what it needs, which is a small part of TensorFlow
+# pip compiles all it installs: where Python may not write bytecode (PYTHONDONTWRITEBYTECODE), every process would else compile TensorFlow anew
 .venv/package: settings.ini setup.py pyproject.toml
-	$(PYTHON) -m venv .venv && $(BIN)/python -m pip install --quiet --no-compile --editable .
+	$(PYTHON) -m venv .venv && $(BIN)/python -m pip install --quiet --editable .
 	$(BIN)/python tests/check_opencv.py
 	touch $@
 
 .venv/installed: .venv/package
-	$(BIN)/python -m pip install --quiet --no-compile --editable ".[jax,mlflow,export,dev]"
+	$(BIN)/python -m pip install --quiet --editable ".[jax,mlflow,export,dev]"
 	$(BIN)/python tests/check_opencv.py
 	touch $@
 
@@ -49,7 +49,7 @@ person: setup
 	$(PERSON) --evaluate-every 10 --out runs/person
 
 person-gpu: setup
-	$(BIN)/python -m pip install --quiet --no-compile --editable ".[jax_cuda]"
+	$(BIN)/python -m pip install --quiet --editable ".[jax_cuda]"
 	$(BIN)/python -c "import jax, sys; jax.default_backend() == 'gpu' or sys.exit('person-gpu: JAX sees no GPU here; on a CPU take: make person')"
 	$(ON_GPU) --minutes $(MINUTES) --out runs/person-gpu
 	$(BIN)/python -m fcos_lite.evaluate --weights runs/person-gpu --coco $(COCO) --out runs/person-gpu-evaluation

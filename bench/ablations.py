@@ -1,12 +1,14 @@
 """What each difference between the recipes `scratch` and `source` is worth: `scratch` with one number at a time as the source has it.
 
 python bench/ablations.py --jobs 2                           drawn scenes
+python bench/ablations.py --jobs 2 --crowds                  drawn scenes with crowds in them: what that one switch is worth
 python bench/ablations.py --coco DIR --image-size 256        photographs
 
 Every run is `python -m fcos_lite.train` in a process of its own, from random numbers; it is measured on pictures that it has not seen. A run that ablations.json has already is not made again, so that the table may be
 interrupted, and grow.
 """
 import argparse
+import dataclasses
 import json
 import os
 import queue
@@ -19,7 +21,10 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+import numpy as np
 from fcos_lite.config import SOURCE_RECIPE
+from fcos_lite.formats import write_coco
+from fcos_lite.scenes import Scenes, World
 
 HERE = Path(__file__).resolve().parent
 FILE = HERE / "ablations.json"
@@ -44,8 +49,21 @@ def flag(name, value): # words of the command line
     words = value if isinstance(value, tuple) else ("none" if value is None else value,)
     return [f"--{name.replace('_', '-')}", *map(str, words)]
 
-def plan(photographs): # [(name, fields that are changed, seed)]
-    "All runs of a table; scenes have no crowds, so there that switch would change nothing."
+def crowded(example):
+    "Every other scene with two people or more: theirs become one crowd region, as COCO marks a throng that nobody counted."
+    if len(example.boxes) < 2 or example.image_id % 2: return example
+    around = np.concatenate([example.boxes[:, :2].min(axis=0), example.boxes[:, 2:].max(axis=0)])[None]
+    return dataclasses.replace(example, boxes=around, labels=np.array([-2], np.int32), areas=None)
+
+def write_crowds(folder, a):
+    "A folder in COCO's layout: scenes to learn from, some with crowds; and to measure on, with everyone marked."
+    world = World(size=a.image_size, **SCENES)
+    write_coco(folder, "train2017", [crowded(example) for example in Scenes(a.scenes, 1, world)], world.class_names)
+    write_coco(folder, "val2017", list(Scenes(a.unseen, UNSEEN_SEED, world)), world.class_names)
+
+def plan(photographs, crowds): # [(name, fields that are changed, seed)]
+    "All runs of a table; most scenes have no crowds, so there that switch would change nothing."
+    if crowds: return [run for seed in SEEDS for run in (("scratch", {}, seed), ("crowds as background", {"crowd": SOURCE_RECIPE.crowd}, seed))]
     kept = {name: {field: getattr(SOURCE_RECIPE, field) for field in fields} for name, fields in DIFFERENCES.items() if photographs or fields != ("crowd",)}
     return [*(("scratch", {}, seed) for seed in SEEDS), *((name, fields, SEEDS[0]) for name, fields in kept.items()), ("scratch, other first values", FIRST_VALUES, SEEDS[0])]
 
@@ -67,6 +85,7 @@ def run(changed, seed, a, folder, core): # a row
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--coco", metavar="DIR", help="photographs in COCO's layout; without it, scenes are drawn")
+    parser.add_argument("--crowds", action="store_true", help="draw scenes in which some people are marked as a crowd, and compare the two ways to take them")
     parser.add_argument("--image-size", type=int, default=96)
     parser.add_argument("--epochs", type=int, metavar="N", help="default: 8; with --coco 4")
     parser.add_argument("--scenes", type=int, default=1000, metavar="N", help="to learn from (default: %(default)s)")
@@ -75,10 +94,11 @@ def main():
     parser.add_argument("--minutes", type=float, default=float("inf"), metavar="N", help="begin no run after so many")
     parser.add_argument("--jobs", type=int, default=1, metavar="N", help="runs at a time, each on a core of its own (Linux; default: %(default)s, on all)")
     a = parser.parse_args()
+    if a.coco and a.crowds: parser.error("--crowds draws its own pictures; leave out --coco, whose photographs have crowds already")
     a.epochs = a.epochs or (4 if a.coco else 8)
     kept = json.loads(FILE.read_text(encoding="utf-8")) if FILE.exists() else {}
     settings = {"image_size": a.image_size, "epochs": a.epochs, **({"photographs": a.limit or "all"} if a.coco else {"scenes": a.scenes, "unseen": a.unseen, **SCENES})}
-    table = kept.setdefault(f"{'photographs' if a.coco else 'scenes'}, {a.image_size}²", {"settings": settings, "rows": []})
+    table = kept.setdefault(f"{'photographs' if a.coco else 'scenes with crowds' if a.crowds else 'scenes'}, {a.image_size}²", {"settings": settings, "rows": []})
     if table["settings"] != settings: sys.exit(f"{FILE} has this table with other settings, {table['settings']}; take those, or remove it")
     begun, lock, cores, failed = time.time(), threading.Lock(), queue.SimpleQueue(), threading.Event()
     for core in sorted(os.sched_getaffinity(0))[:a.jobs] if a.jobs > 1 else [None]: cores.put(core)
@@ -95,6 +115,11 @@ def main():
             table["rows"].append(row)
             print(row, flush=True)
             FILE.write_text(json.dumps(kept, indent=1) + "\n", encoding="utf-8")
-    with ThreadPoolExecutor(a.jobs) as pool: list(pool.map(lambda words: one(*words), plan(bool(a.coco))))
+    todo = plan(bool(a.coco), a.crowds)
+    with tempfile.TemporaryDirectory() as drawn, ThreadPoolExecutor(a.jobs) as pool:
+        if a.crowds:
+            write_crowds(Path(drawn), a)
+            a.coco = drawn
+        list(pool.map(lambda words: one(*words), todo))
 
 if __name__ == "__main__": main()

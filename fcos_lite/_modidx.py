@@ -927,6 +927,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                     'fcos_lite.training.dtype_policy': ('training.html#dtype_policy', 'fcos_lite/training.py'),
                                     'fcos_lite.training.has_gpu': ('training.html#has_gpu', 'fcos_lite/training.py'),
                                     'fcos_lite.training.optimizer_of': ('training.html#optimizer_of', 'fcos_lite/training.py'),
+                                    'fcos_lite.training.run_as_traced': ('training.html#run_as_traced', 'fcos_lite/training.py'),
                                     'fcos_lite.training.schedule_of': ('training.html#schedule_of', 'fcos_lite/training.py')},
             'fcos_lite.video': { 'fcos_lite.video.Frame': ('video.html#frame', 'fcos_lite/video.py'),
                                  'fcos_lite.video.Video': ('video.html#video', 'fcos_lite/video.py'),

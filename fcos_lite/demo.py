@@ -18,6 +18,7 @@ from .flags import run_command
 from .memory import keep_freed_memory
 from .model import FCOS
 from .scenes import Scenes, World
+from .training import run_as_traced
 from .visualize import draw_boxes, grid
 
 # %% ../nbs/20_demo.ipynb #a8134e4f
@@ -56,7 +57,9 @@ def main(argv=None):
     parser = argparse.ArgumentParser("python -m fcos_lite.demo", description="Learn from drawn scenes, measure, and look at ten others and a photograph.")
     parser.add_argument("--out", type=Path, default=Path("runs/demo"), metavar="DIR", help="an earlier demo in it is replaced (default: %(default)s)")
     out = parser.parse_args(argv).out
-    if argv is None: keep_freed_memory()   # the process is our own
+    if argv is None:   # the process is our own
+        keep_freed_memory()
+        run_as_traced()
     print(f"1/3 learning; progress is kept in {out}/log.txt", flush=True)
     result = train.main([*FLAGS, "--out", str(out), "--force"])
     print("2/3 looking at pictures that it has never met", flush=True)

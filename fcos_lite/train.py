@@ -34,7 +34,7 @@ from .runs import Run, locked
 from .scenes import World
 from .team import Team
 from .tracking import Tracking
-from .training import be_deterministic, build, has_gpu
+from .training import be_deterministic, build, has_gpu, run_as_traced
 from .weights import load_weights
 
 # %% ../nbs/19_train.ipynb #a342b727
@@ -165,7 +165,9 @@ def reopen(
 def main(argv=None): # the evaluation, as `evaluation.json` holds it; None without one
     "The command `python -m fcos_lite.train`."
     arguments = parser().parse_args(argv)
-    if argv is None: keep_freed_memory()   # the process is our own
+    if argv is None:   # the process is our own
+        keep_freed_memory()
+        run_as_traced()
     limit = arguments.gpu_memory_limit
     if arguments.resume and limit is None:
         with contextlib.suppress(OSError, ValueError, AttributeError):   # `reopen` says what is wrong with it

@@ -13,3 +13,8 @@ def pytest_collection_modifyitems(config, items):
     if config.getoption("--slow"): return
     for item in items:
         if "slow" in item.keywords: item.add_marker(pytest.mark.skip(reason="slow: run by make test-slow"))
+
+@pytest.fixture(scope="session", autouse=True)
+def first_steps_come_sooner():
+    from fcos_lite.training import run_as_traced
+    run_as_traced()
