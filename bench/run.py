@@ -274,6 +274,6 @@ quality 90 or of PNG; the step is that of the `source` network with the `scratch
 *Start to first box* is a process of its own, import included, of the script in examples/ for that format (for Keras: of `FCOS.from_preset("person").detect`; *by `Exported`*: of the library's class, which imports OpenCV and its readers too); the peak is what the kernel saw of that process (VmHWM), one picture at a time, with the runtime's own number of threads.
 *The camera* is a pretended one of 640 x 480 pixels and 30 frames a second; its pictures are drawn for a screen of 1280 x 720, and no window is opened.
 
-Two more are not of time: `python bench/precision.py --coco DIR --keep` puts the AP of every exported format beside Keras' into this table, and `python bench/ablations.py` measures what each difference of the recipe `scratch` is worth ([the chapter](../nbs/17f_ablations.ipynb))."""
+Two more are not of time: `python bench/precision.py --coco DIR --keep` puts the AP of every exported format beside Keras' into this table, and `python bench/ablations.py`, with `--crowds` for that switch, measures what each difference of the recipe `scratch` is worth ([the chapter](../nbs/17f_ablations.ipynb))."""
 
 if __name__ == "__main__": main()
