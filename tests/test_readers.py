@@ -531,7 +531,8 @@ def sound(examples):
     for example in examples:
         assert example.boxes.shape == (len(example.labels), 4) and example.boxes.dtype == np.float32 and np.isfinite(example.boxes).all()
         assert (example.boxes[:, :2] >= 0).all() and (example.boxes[:, 2:] <= (example.width, example.height)).all() and (example.boxes[:, 2:] >= example.boxes[:, :2]).all()
-        assert set(example.labels.tolist()) <= {-2, *range(len(examples.class_names))} and isinstance(example.image_id, int)
+        classes = range(len(examples.class_names))
+        assert set(example.labels.tolist()) <= {*classes, *(-2 - c for c in classes)} and isinstance(example.image_id, int)    # from -2 down: a crowd of class 0, 1, ...
         assert example.read().shape == (example.height, example.width, 3)
 
 def fuzz(layout, count, root):
