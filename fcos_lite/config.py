@@ -84,7 +84,7 @@ class Stage:
     epochs: int | None = None            # passes over them
     peak_rate: float | None = None       # learning rate at the end of the stage's own warm-up
     final_rate: float | None = None      # learning rate at the stage's end
-    warmup_steps: int | None = None      # micro-batches; 5 % of a stage shorter than 20 warm-ups
+    warmup_steps: int | None = None      # micro-batches; in a stage shorter than 20 warm-ups, 5 % of the stage
     constant: bool = False               # the rate is peak_rate in every step
     pace_fpn: float | None = None        # multiple of the rate at which backbone and pyramid move
     pace_heads: float | None = None      # multiple of the rate at which the heads move
@@ -149,7 +149,7 @@ class Recipe:
     accumulate: int = 8                  # micro-batches in one update
     peak_rate: float = 5e-5              # learning rate at the end of the warm-up
     final_rate: float = 2.5e-7           # learning rate at the end
-    warmup_steps: int = 5000             # micro-batches; 5 % of a run shorter than 20 warm-ups
+    warmup_steps: int = 5000             # micro-batches; in a run shorter than 20 warm-ups, 5 % of the run
     warmup_from: str = "final_rate"      # where the warm-up starts: final_rate (a ramp) or peak_rate (the document's words: flat)
     pace_fpn: float = 1.0                # multiple of the learning rate at which backbone and pyramid move
     pace_heads: float = 1.0              # multiple of the learning rate at which the heads move

@@ -112,13 +112,13 @@ class FCOS(keras.Model):
         boxes,   # (B, M, 4) xyxy, pixels of the square
         labels,  # (B, M)
         real=None, # (B,) bool: False for a picture that only fills the batch, and takes no part
-    ): # {"cls", "reg", "ctr", "loss", "positives"}, scalars
-        "The three losses and their total; and how many locations had a class to learn."
+    ): # {"cls", "reg", "ctr", "loss", "positives", "central"}, scalars
+        "The three losses and their total; how many locations had a class to learn, and the sum of their centerness."
         r, targets = self.recipe, self.targets(boxes, labels if real is None else ops.where(real[:, None], labels, -1))
         if real is not None: targets = {**targets, "counted": targets["counted"] & real[:, None]}
         found = {name: outputs[name] for name in ("cls", "ltrb", "centerness")}
         losses = fcos_losses(found, targets, r.focal_alpha, r.focal_gamma, r.ltrb_weighting, r.centerness_normalizer)
-        return {**losses, "loss": losses["cls"] + losses["reg"] + r.centerness_weight * losses["ctr"], "positives": ops.sum(targets["cls"])}
+        return {**losses, "loss": losses["cls"] + losses["reg"] + r.centerness_weight * losses["ctr"], "positives": ops.sum(targets["cls"]), "central": ops.sum(targets["centerness"])}
 
     def once(self,
         kind,        # Detector, or another class of models made of a model and thresholds

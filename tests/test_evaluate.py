@@ -221,15 +221,21 @@ def test_a_mistake_is_a_sentence(tmp_path):
     assert done.returncode == 2 and "persn: no such weights" in done.stderr and "Traceback" not in done.stderr
     assert not (tmp_path / "out").exists()
 
-def test_validation_losses_do_not_depend_on_the_batches():
-    "Empty pictures that stand together weigh no more than empty pictures that stand among others."
+@pytest.mark.parametrize("weighting, normalizer", [("none", "targets"), ("centerness", "positives")])   # as the source divides, and as `scratch` does
+def test_validation_losses_do_not_depend_on_the_batches(weighting, normalizer):
+    "Empty pictures that stand together weigh no more than empty pictures that stand among others; nor does a picture with one person weigh as much as one with many."
     from fcos_lite.config import SCRATCH_RECIPE
     from fcos_lite.evaluate import predict
     from fcos_lite.model import FCOS
     model = FCOS(replace(SOURCE, image_size=64, strides=(16, 32), stem_filters=8, stem_groups=2, backbone_filters=(8, 8, 8, 8), backbone_blocks=(1, 1, 1, 1), backbone_groups=4, pyramid_channels=16,
-                         pyramid_groups=4, tower_depth=1, tower_channels=16, tower_groups=4), replace(SCRATCH_RECIPE, level_areas=(1024,)))
+                         pyramid_groups=4, tower_depth=1, tower_channels=16, tower_groups=4), replace(SCRATCH_RECIPE, level_areas=(1024,), ltrb_weighting=weighting, centerness_normalizer=normalizer, centerness_weight=0.5))
     people = list(Scenes(4, 0, World(size=64, min_height=30, max_height=60, empty_share=0.0)))
     empty = [replace(scene, boxes=scene.boxes[:0], labels=scene.labels[:0], areas=None) for scene in people]
-    by_four, at_once = (predict(model, [*empty, *people], batch_size)[1] for batch_size in (4, 8))
-    assert at_once["positives"] > 4
-    for name in ("cls", "reg", "positives"): assert by_four[name] == pytest.approx(at_once[name], rel=1e-4), name
+    pictures = [*empty, *people]
+    at_once = predict(model, pictures, 8)[1]
+    assert at_once["positives"] > 4 and len({float(predict(model, [picture], 1)[1]["reg"]) for picture in people}) > 1
+    assert at_once["loss"] == pytest.approx(at_once["cls"] + at_once["reg"] + 0.5 * at_once["ctr"])
+    for size in (1, 3, 4):
+        found = predict(model, pictures, size)[1]
+        assert found.keys() == {"cls", "reg", "ctr", "loss", "positives"}
+        for name in found: assert found[name] == pytest.approx(at_once[name], rel=1e-4), (size, name)
