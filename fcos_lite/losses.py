@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['binary_cross_entropy', 'focal_loss', 'giou_loss', 'chosen_sum', 'count', 'divisors', 'ltrb_loss', 'centerness_loss',
-           'fcos_losses', 'total_loss']
+           'fcos_losses', 'total_loss', 'joined']
 
 # %% ../nbs/12_losses.ipynb #2cb8902f
 from keras import ops
@@ -114,3 +114,14 @@ def total_loss(
 ): # scalar
     "The sum that training makes small."
     return losses["cls"] + losses["reg"] + centerness_weight * losses["ctr"]
+
+# %% ../nbs/12_losses.ipynb #d1715028
+def joined(
+    losses, # dict: cls, reg, ctr, positives, central, each an array (batches,)
+    ltrb_weighting="none", # as for `divisors`
+    centerness_normalizer="targets",
+): # dict: cls, reg, ctr
+    "The losses of all batches together, as if they were one."
+    each = divisors(losses["positives"], losses["central"], ltrb_weighting, centerness_normalizer)
+    whole = divisors(losses["positives"].sum(), losses["central"].sum(), ltrb_weighting, centerness_normalizer)
+    return {name: float(ops.sum(losses[name] * each[name]) / whole[name]) for name in each}
