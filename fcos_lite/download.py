@@ -91,7 +91,7 @@ def show_progress(done, total):
 def fetch(
     archive, # Archive
     path,    # of the file
-    wait=1.0, # seconds before the second try; each further one waits twice as long
+    wait=1.0, # seconds between two connections; twice as long after each that brought nothing
     progress=show_progress,
 ): # Path
     "A file from the network, whole and right; raises `InputError`, and keeps what is there for the next time."

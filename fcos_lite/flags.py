@@ -27,7 +27,9 @@ def optional(
     kind, # a type
 ): # text -> None or a value of that type
     "Reads `none`, or a value of this type."
-    return lambda text: None if text == "none" else kind(text)
+    def read(text): return None if text == "none" else kind(text)
+    read.__name__ = kind.__name__   # argparse names it in its complaint
+    return read
 
 def flag_options(
     field, # a field of a dataclass

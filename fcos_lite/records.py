@@ -54,10 +54,11 @@ def crc32c(
     blocks[len(blocks) - len(whole):] = whole               # zeros in front leave an empty register empty
     states = np.bitwise_xor.reduce(PLACE[np.arange(256), blocks.reshape(-1, 256)], axis=1)
     for shift in SHIFTS:
-        if len(states) == 1: return int(states[0]) ^ 0xFFFFFFFF
+        if len(states) == 1: break
         if len(states) % 2: states = np.insert(states, 0, 0)
         states = follow(shift, states[0::2]) ^ states[1::2]
-    raise OverflowError("more than eight gigabytes in one record")
+    if len(states) > 1: raise OverflowError("more than eight gigabytes in one record")
+    return int(states[0]) ^ 0xFFFFFFFF
 
 # %% ../nbs/06a_records.ipynb #e04069a2
 def masked(data): # 4 bytes

@@ -22,7 +22,7 @@ from PIL import Image
 from .camera import STREAMS, Camera, camera_address, camera_name
 from .config import InputError, check
 from .images import decode_image, decode_strictly, read_image
-from .video import Frame, Video, VideoWriter
+from .video import Frame, Video
 
 # %% ../nbs/21b_sources.ipynb #9c6237ac
 PICTURES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif", ".ppm")
@@ -124,7 +124,8 @@ def connect(address, timeout): # http.client.HTTPResponse
 
 def blocks_of(response, name, limit, seconds): # yields bytes
     "What a server sends, block by block; raises `InputError` where it is too much, too slow or not whole."
-    length, done, end = int(response.headers.get("Content-Length") or 0), 0, time.monotonic() + seconds
+    said = (response.headers.get("Content-Length") or "").strip()
+    length, done, end = int(said) if said.isdecimal() and len(said) < 20 else 0, 0, time.monotonic() + seconds   # what is no number says nothing
     too_large = f"{name}: more than {limit / 1e6:,.0f} MB; fetch it by hand, and name the file"
     check(length <= limit, too_large)
     try:

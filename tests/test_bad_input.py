@@ -280,17 +280,20 @@ def test_a_run_that_is_to_be_replaced_is_back_where_the_new_one_is_refused(flags
     assert {file.name: file.read_text() for file in out.iterdir()} == dict.fromkeys(("config.json", "best.weights.h5"), "weeks of work")
     assert sorted(path.name for path in coco.parent.iterdir() if "run" in path.name) == ["run"]
 
-@pytest.mark.parametrize("flags, name", [(["--tower-depth", "2"], "tower-depth"), (["--coco", "elsewhere"], "coco"), (["--scenes", "10"], "scenes"), (["--epochs", "5"], "epochs")], ids=lambda value: value if isinstance(value, str) else "")
+@pytest.mark.parametrize("flags, name", [(["--tower-depth", "2"], "tower-depth"), (["--coco", "elsewhere"], "coco"), (["--scenes", "10"], "scenes"), (["--epochs", "5"], "epochs"),
+                                         (["--seed", "0"], "seed"), (["--recipe", "scratch"], "recipe"), (["--evaluate-every", "1"], "evaluate-every")], ids=lambda value: value if isinstance(value, str) else "")   # what a fresh run has by default is asked for, too
 def test_a_resume_that_asks_for_something_else_is_refused_and_nothing_is_touched(flags, name, tmp_path):
     run = train.Run.create(tmp_path / "run")
-    run.write_config(Network(**SMALL), SCRATCH_RECIPE, {"scenes": 9, "epochs": 3})
+    run.write_config(Network(**SMALL), SCRATCH_RECIPE, {"scenes": 9, "epochs": 3, "seed": 5, "recipe": "source", "evaluate_every": 0})
     before = (run.path / "config.json").read_bytes()
     said = message(lambda: train.main(["--resume", str(run.path), *flags]))
     assert f"--{name} says otherwise" in said and f"--weights {run.path}" in said
     assert [path.name for path in run.path.iterdir()] == ["config.json"] and (run.path / "config.json").read_bytes() == before
 
 def test_a_resume_may_say_what_the_run_was_asked_for():
-    train.check_wishes("run", train.parser().parse_args(["--resume", "run", "--scenes", "9", "--epochs", "3", "--processes", "2"]), {"scenes": 9, "epochs": 3})
+    wishes = train.typed(["--resume", "run", "--scenes", "9", "--epochs", "3", "--processes", "2", "--seed", "0"])
+    assert wishes == {"resume": "run", "scenes": 9, "epochs": 3, "processes": 2, "seed": 0}
+    train.check_wishes("run", wishes, {"scenes": 9, "epochs": 3})
 
 def test_a_run_that_is_refused_leaves_no_folder(coco):
     message(lambda: train_on(coco, "--weights", "nowhere.weights.h5"))
