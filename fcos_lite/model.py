@@ -17,7 +17,7 @@ from .config import SCRATCH_RECIPE, SOURCE, SOURCE_CAMERA, check, thresholds_of
 from .fpn import fpn_model
 from .heads import Heads
 from .images import Letterbox
-from .losses import fcos_losses
+from .losses import fcos_losses, total_loss
 from .nms import Detections, decode, nms
 from .results import Result
 from .sources import find_sources, frames_of, is_one
@@ -118,7 +118,7 @@ class FCOS(keras.Model):
         if real is not None: targets = {**targets, "counted": targets["counted"] & real[:, None]}
         found = {name: outputs[name] for name in ("cls", "ltrb", "centerness")}
         losses = fcos_losses(found, targets, r.focal_alpha, r.focal_gamma, r.ltrb_weighting, r.centerness_normalizer)
-        return {**losses, "loss": losses["cls"] + losses["reg"] + r.centerness_weight * losses["ctr"], "positives": ops.sum(targets["cls"]), "central": ops.sum(targets["centerness"])}
+        return {**losses, "loss": total_loss(losses, r.centerness_weight), "positives": ops.sum(targets["cls"]), "central": ops.sum(targets["centerness"])}
 
     def once(self,
         kind,        # Detector, or another class of models made of a model and thresholds
