@@ -23,8 +23,8 @@ from pathlib import Path
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 import numpy as np
 from fcos_lite.config import SOURCE_RECIPE
-from fcos_lite.formats import write_coco
-from fcos_lite.scenes import Scenes, World
+from fcos_lite.data.coco import write_coco
+from fcos_lite.scenes.scenes import Scenes, World
 
 HERE = Path(__file__).resolve().parent
 FILE = HERE / "ablations.json"

@@ -11,8 +11,8 @@ import time
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 import keras
-from fcos_lite import train
-from fcos_lite.memory import keep_freed_memory
+from fcos_lite.train import __main__ as train
+from fcos_lite.train.memory import keep_freed_memory
 
 class Watch(keras.callbacks.Callback):
     "Notes after each step: the clock, the processor's seconds for us and for the system, page faults."

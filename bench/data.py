@@ -14,15 +14,15 @@ import cv2
 import numpy as np
 import tensorflow as tf
 from document_loop import read_records as read_documents_records, write_records as write_documents_records
-from fcos_lite.batches import most_boxes, pad_boxes, square_of
+from fcos_lite.data.batches import most_boxes, pad_boxes, square_of
 from fcos_lite.config import SCRATCH_RECIPE, SOURCE
-from fcos_lite.formats import Examples
-from fcos_lite.images import Letterbox
-from fcos_lite.records import Storage
-from fcos_lite.scenes import Scenes, World
-from fcos_lite.shards import write_records, write_shard
-from fcos_lite.streams import RecordBatches, Records, stream
-from fcos_lite.training import build, compile_for_training
+from fcos_lite.data.coco import Examples
+from fcos_lite.data.images import Letterbox
+from fcos_lite.data.records import Storage
+from fcos_lite.scenes.scenes import Scenes, World
+from fcos_lite.data.tfrecord import write_records, write_shard
+from fcos_lite.data.streams import RecordBatches, Records, stream
+from fcos_lite.train.trainer import build, compile_for_training
 from training import TINY, in_turns
 
 def photographs(folder, count):

@@ -13,12 +13,12 @@ import cv2
 import numpy as np
 import tensorflow as tf
 from fcos_lite import FCOS
-from fcos_lite.camera import Camera
+from fcos_lite.detect.camera import Camera
 from fcos_lite.config import SOURCE_CAMERA, Network
-from fcos_lite.images import Letterbox
-from fcos_lite.nms import decode, nms
-from fcos_lite.scenes import World, draw_scene
-from fcos_lite.watch import on_screen, stamped
+from fcos_lite.data.images import Letterbox
+from fcos_lite.detector.nms import decode, nms
+from fcos_lite.scenes.scenes import World, draw_scene
+from fcos_lite.detect.viewer import on_screen, stamped
 
 TINY = Network(image_size=64, stem_filters=8, stem_groups=2, backbone_filters=(8, 8, 8, 8), backbone_blocks=(1, 1, 1, 1), backbone_groups=4, pyramid_channels=16, pyramid_groups=4,
                tower_depth=1, tower_channels=16, tower_groups=4)

@@ -1,6 +1,6 @@
 """The document's target assignment, run as it reads: TensorFlow, eagerly, one picture at a time, in a Python loop over the boxes.
 
-It is here to be compared with `fcos_lite.targets.assign`, in speed by the benchmarks and in its results by tests/test_targets.py.
+It is here to be compared with `fcos_lite.detector.targets.assign`, in speed by the benchmarks and in its results by tests/test_targets.py.
 """
 import tensorflow as tf
 

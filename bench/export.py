@@ -18,7 +18,7 @@ PAUSE = 0.05    # seconds
 KINDS = (("saved_model", "float32"), ("litert", "float32"), ("litert", "float16"), ("litert", "int8"), ("onnx", "float32"), ("onnx", "int8"))
 PEAK = "; import re; print(re.search(r'VmHWM:\\s+(\\d+)', open('/proc/self/status').read())[1])"      # kilobytes (Linux); what the parent is told of a child counts the parent's own
 KERAS = "import sys; from fcos_lite import FCOS; print(FCOS.from_preset(sys.argv[1]).detect(sys.argv[2]))" + PEAK   # at the size of the weights
-EXPORTED = "import sys; from fcos_lite.exported import Exported; print(Exported(sys.argv[1]).detect(sys.argv[2]))" + PEAK   # what the library itself needs: no Keras, no TensorFlow
+EXPORTED = "import sys; from fcos_lite.export.runtime import Exported; print(Exported(sys.argv[1]).detect(sys.argv[2]))" + PEAK   # what the library itself needs: no Keras, no TensorFlow
 EXAMPLE = "import runpy, sys; sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')" + PEAK
 
 def timed(function):
@@ -39,15 +39,15 @@ def in_turns(functions, rounds):
 
 def detector(size, tiny):
     "The shipped detector, or a tiny one, at a size; and the file of its weights."
-    from fcos_lite.export import load_at
+    from fcos_lite.export.__main__ import load_at
     if not tiny: return load_at("person", size)
-    from fcos_lite.model import FCOS
+    from fcos_lite.detector.model import FCOS
     from training import TINY
     return FCOS(replace(TINY, image_size=size)), None
 
 def write_all(folder, size, batch_size, tiny):
     "Every kind of export, each in a folder of its own."
-    from fcos_lite.export import export, representative, shrink
+    from fcos_lite.export.__main__ import export, representative, shrink
     model, weights = detector(size, tiny)
     squares = representative(None, model.network, 8 if tiny else 32, seed=1)
     with contextlib.redirect_stdout(sys.stderr):
@@ -58,7 +58,7 @@ def write_all(folder, size, batch_size, tiny):
 def to_boxes(exported, pictures):
     "What `detect` does, with an exported graph in Keras' place."
     import numpy as np
-    from fcos_lite.images import Letterbox
+    from fcos_lite.data.images import Letterbox
     fits = [Letterbox.fit(picture.shape[1], picture.shape[0], exported.page["image_size"]) for picture in pictures]
     found = exported(np.stack([fit.apply(picture, exported.page["pad_value"]) for fit, picture in zip(fits, pictures)]))
     return [fit.boxes_out(found["boxes"][row, :found["count"][row]]) for row, fit in enumerate(fits)]
@@ -68,8 +68,8 @@ def side_by_side(folder, size, batch_size, threads, rounds, tiny):
     import tensorflow as tf
     tf.config.threading.set_intra_op_parallelism_threads(threads)
     tf.config.threading.set_inter_op_parallelism_threads(threads)
-    from fcos_lite.exported import Exported
-    from fcos_lite.scenes import Scenes, World
+    from fcos_lite.export.runtime import Exported
+    from fcos_lite.scenes.scenes import Scenes, World
     model, _ = detector(size, tiny)
     pictures = [scene.read()[80:560] for scene in Scenes(batch_size, 0, World(size=640))]      # 640 x 480
     exports = [Exported(folder / f"{format}-{precision}", threads) for format, precision in KINDS]
@@ -87,7 +87,7 @@ def started(command):
 def cold(folder, rounds):
     "Start to first box and peak memory of the examples, which import their runtime alone; of the library's `Exported`; and of Keras."
     import cv2
-    from fcos_lite.scenes import Scenes, World
+    from fcos_lite.scenes.scenes import Scenes, World
     picture = folder / "scene.png"
     cv2.imwrite(str(picture), Scenes(1, 0, World(size=640))[0].read()[80:560, :, ::-1])
     commands = {"keras": ["-c", KERAS, "person", picture],

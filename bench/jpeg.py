@@ -8,11 +8,11 @@ import time
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 from fcos_lite.config import COCO_EVALUATION
-from fcos_lite.evaluate import predict
-from fcos_lite.formats import read_coco
-from fcos_lite.metrics import coco_evaluation
-from fcos_lite.model import FCOS
-from fcos_lite.records import Storage, from_record, to_record
+from fcos_lite.evaluate.evaluator import predict
+from fcos_lite.data.coco import read_coco
+from fcos_lite.evaluate.metrics import coco_evaluation
+from fcos_lite.detector.model import FCOS
+from fcos_lite.data.records import Storage, from_record, to_record
 
 WAYS = {"PNG": dict(format="png"), **{f"JPEG {quality}": dict(quality=quality) for quality in (95, 90, 75, 50, 20)}}
 

@@ -12,12 +12,12 @@ from pathlib import Path
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 from fcos_lite.config import COCO_EVALUATION
-from fcos_lite.evaluate import predict
-from fcos_lite.export import export, load_at, representative, shrink
-from fcos_lite.exported import FORMATS
-from fcos_lite.metrics import coco_evaluation
-from fcos_lite.nms import Detections
-from fcos_lite.readers import read_dataset
+from fcos_lite.evaluate.evaluator import predict
+from fcos_lite.export.__main__ import export, load_at, representative, shrink
+from fcos_lite.export.runtime import FORMATS
+from fcos_lite.evaluate.metrics import coco_evaluation
+from fcos_lite.detector.nms import Detections
+from fcos_lite.data.datasets import read_dataset
 
 RESULTS = Path(__file__).resolve().with_name("results.json")
 NAMES = ("AP", "AP50", "AP75", "APs", "APm", "APl")

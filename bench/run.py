@@ -20,14 +20,14 @@ import keras
 import numpy as np
 import tensorflow as tf
 from document_targets import document_targets
-from fcos_lite.backbone import GroupNorm
-from fcos_lite.batches import Batches
+from fcos_lite.detector.backbone import GroupNorm
+from fcos_lite.data.batches import Batches
 from fcos_lite.config import SCRATCH_RECIPE, SOURCE, SOURCE_CAMERA
-from fcos_lite.export import load_at
-from fcos_lite.model import FCOS
-from fcos_lite.scenes import Scenes, World
-from fcos_lite.targets import assign
-from fcos_lite.training import compile_for_training
+from fcos_lite.export.__main__ import load_at
+from fcos_lite.detector.model import FCOS
+from fcos_lite.scenes.scenes import Scenes, World
+from fcos_lite.detector.targets import assign
+from fcos_lite.train.trainer import compile_for_training
 
 HERE = Path(__file__).parent
 

@@ -13,10 +13,10 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 import cv2
 import keras
 import numpy as np
-from fcos_lite.batches import Batches
+from fcos_lite.data.batches import Batches
 from fcos_lite.config import SCRATCH_RECIPE, SOURCE, Network
-from fcos_lite.scenes import Scenes, World
-from fcos_lite.training import build, compile_for_training
+from fcos_lite.scenes.scenes import Scenes, World
+from fcos_lite.train.trainer import build, compile_for_training
 
 TINY = Network(stem_filters=8, stem_groups=2, backbone_filters=(8, 8, 8, 8), backbone_blocks=(1, 1, 1, 1), backbone_groups=4, pyramid_channels=16, pyramid_groups=4,
                tower_depth=1, tower_channels=16, tower_groups=4)

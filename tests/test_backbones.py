@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 import numpy as np
 import pytest
-from fcos_lite import backbones
+from fcos_lite.detector import pretrained as backbones
 from fcos_lite.config import SCRATCH_RECIPE, InputError, Network
 
 NETWORK = Network(image_size=64, backbone="stranger", pyramid_channels=16, pyramid_groups=4, tower_depth=1, tower_channels=16, tower_groups=4)
@@ -28,10 +28,10 @@ backbones.BACKBONES["stranger"] = stranger
 def learn(frozen):
     "Two steps of training: what moved of body, statistics and the rest; 0 or the largest change."
     import keras
-    from fcos_lite.batches import Batches
-    from fcos_lite.finetuning import freeze
-    from fcos_lite.scenes import Scenes, World
-    from fcos_lite.training import build, compile_for_training
+    from fcos_lite.data.batches import Batches
+    from fcos_lite.train.finetuning import freeze
+    from fcos_lite.scenes.scenes import Scenes, World
+    from fcos_lite.train.trainer import build, compile_for_training
     keras.utils.set_random_seed(0)
     model = build(NETWORK, RECIPE, precision="float32")
     freeze(model, frozen)
@@ -59,8 +59,8 @@ def test_on_jax():
     assert done.stdout.splitlines()[-1] == "jax"
 
 def test_it_is_kept_and_found_again(tmp_path):
-    from fcos_lite.model import FCOS
-    from fcos_lite.runs import Run
+    from fcos_lite.detector.model import FCOS
+    from fcos_lite.train.run import Run
     model = FCOS(NETWORK, RECIPE)
     body = model.fpn.get_layer("c_body")
     body.set_weights([np.random.default_rng(i).uniform(0.5, 1.5, w.shape) for i, w in enumerate(body.get_weights())])
@@ -75,7 +75,7 @@ def test_it_is_kept_and_found_again(tmp_path):
     with pytest.raises(InputError, match="backbone 'forgotten': no such network"): FCOS.from_preset(tmp_path / "run")
 
 def test_published_weights_arrive_where_they_belong(tmp_path):
-    from fcos_lite.model import FCOS
+    from fcos_lite.detector.model import FCOS
     published = stranger(64)
     published.set_weights([np.random.default_rng(i).uniform(0.5, 1.5, w.shape) for i, w in enumerate(published.get_weights())])
     published.save_weights(tmp_path / "published.weights.h5")
@@ -99,7 +99,7 @@ def test_the_networks_that_keras_knows_have_what_is_needed(name):
     (["--backbone-weights", "imagenet"], "source is our own"),
     (["--backbone", "stranger", "--image-size", "64", "--backbone-weights", "nowhere.weights.h5"], "nowhere.weights.h5: no such file")])
 def test_what_cannot_be_used_is_refused(flags, words, tmp_path):
-    from fcos_lite import train
+    from fcos_lite.train import __main__ as train
     with pytest.raises(InputError, match=words): train.main([*flags, "--scenes", "4", "--out", str(tmp_path / "run")])
     assert not (tmp_path / "run").exists()
 

@@ -11,12 +11,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from fcos_lite import datasets, detect, evaluate, packs, train
-from fcos_lite.batches import Batches
+from fcos_lite.train import datasets
+from fcos_lite.detect import __main__ as detect
+from fcos_lite.evaluate import evaluator as evaluate
+from fcos_lite.data import shards as packs
+from fcos_lite.train import __main__ as train
+from fcos_lite.data.batches import Batches
 from fcos_lite.config import SCRATCH_RECIPE, InputError, Network
-from fcos_lite.formats import read_coco, write_coco
-from fcos_lite.model import FCOS
-from fcos_lite.scenes import Scenes, World
+from fcos_lite.data.coco import read_coco, write_coco
+from fcos_lite.detector.model import FCOS
+from fcos_lite.scenes.scenes import Scenes, World
 
 ROOT = Path(__file__).resolve().parents[1]
 WORLD = World(size=64, min_height=16, max_height=50, max_people=4, empty_share=0)

@@ -7,12 +7,13 @@ from unittest import mock
 import cv2
 import numpy as np
 import pytest
-from fcos_lite import camera as camera_module
-from fcos_lite import detect, watch
-from fcos_lite.camera import Camera
+from fcos_lite.detect import camera as camera_module
+from fcos_lite.detect import __main__ as detect
+from fcos_lite.detect import viewer as watch
+from fcos_lite.detect.camera import Camera
 from fcos_lite.config import InputError, Network, check
-from fcos_lite.model import FCOS
-from fcos_lite.video import Video
+from fcos_lite.detector.model import FCOS
+from fcos_lite.detect.video import Video
 
 TINY = Network(image_size=64, stem_filters=8, stem_groups=2, backbone_filters=(8, 8, 8, 8), backbone_blocks=(1, 1, 1, 1), backbone_groups=4,
                pyramid_channels=16, pyramid_groups=4, tower_depth=1, tower_channels=16, tower_groups=4)
@@ -212,7 +213,7 @@ def test_a_camera_that_is_not_there_says_so(model, plug, tmp_path):
 def test_a_video_without_a_frame_is_refused_for_that(tmp_path, monkeypatch):
     "It opens, knows its size and its rate, and has nothing to show."
     from types import SimpleNamespace
-    from fcos_lite import video
+    from fcos_lite.detect import video
     (tmp_path / "hollow.mp4").write_bytes(b"a head without a body")
     monkeypatch.setattr(video.cv2, "VideoCapture", lambda *_: SimpleNamespace(isOpened=lambda: True, read=lambda: (False, None), get=lambda what: 25.0, release=lambda: None))
     with pytest.raises(InputError, match="hollow.mp4: a video without frames; record or convert it again"): Video(tmp_path / "hollow.mp4")

@@ -24,8 +24,8 @@ class Killed(BaseException):
 
 def lives(home):
     "One process in which runs live and die, one after the other; prints what was seen, as JSON."
-    from fcos_lite import train
-    from fcos_lite.checkpoints import LAST, read_checkpoint, state_of
+    from fcos_lite.train import __main__ as train
+    from fcos_lite.train.checkpoint import LAST, read_checkpoint, state_of
     from fcos_lite.config import InputError
     seen, now = {}, {}
 
@@ -114,8 +114,8 @@ def seen(tmp_path_factory):
 
 def test_the_source_s_curriculum_number_for_number():
     from fcos_lite.config import SOURCE_RECIPE
-    from fcos_lite.curriculum import lessons_of, source_stages
-    from fcos_lite.training import schedule_of
+    from fcos_lite.train.stages import lessons_of, source_stages
+    from fcos_lite.train.trainer import schedule_of
     lessons = lessons_of(dataclasses.replace(SOURCE_RECIPE, stages=source_stages(38_800)), 38_800)
     assert [(lesson.pictures.start, lesson.pictures.stop) for lesson in lessons] == [(0, 10_000), (10_000, 20_000), (20_000, 30_000), (30_000, 38_800), (0, 38_800)]
     assert [lesson.recipe.epochs for lesson in lessons] == [30] * 4 + [10]
@@ -170,7 +170,7 @@ def test_what_belongs_to_another_run_is_refused_and_nothing_is_touched(seen):
     ({"stages": [{"pictures": [0, 6]}, {"pictures": [4, 8]}]}, "0:6 and 4:8 overlap"), ({"stages": [{"speed": 3}]}, "there is no field speed"),
     ({"stages": [{"peak_rate": -1.0}]}, "peak_rate -1.0: must not be negative")])
 def test_a_configuration_that_means_nothing_is_refused(tmp_path, change, words):
-    from fcos_lite import train
+    from fcos_lite.train import __main__ as train
     from fcos_lite.config import SCRATCH_RECIPE, SOURCE, InputError
     run = train.Run.create(tmp_path / "run")
     run.write_config(SOURCE, SCRATCH_RECIPE, {"scenes": 9})
@@ -186,13 +186,13 @@ def test_a_configuration_that_means_nothing_is_refused(tmp_path, change, words):
     (["--stage", "pictures=5:12"], "there are only 9 to learn from; end it at 9"), (["--stage", "pictures=20:30"], "leave it out"), (["--stage", "pictures=0:1"], "fewer than one batch"),
     (["--stage", "pictures=many"], "pictures cannot be many"), (["--minutes", "1", *STAGES], "a clock knows one stage only")])
 def test_stages_that_mean_nothing_are_refused_before_there_is_a_folder(tmp_path, flags, words):
-    from fcos_lite import train
+    from fcos_lite.train import __main__ as train
     from fcos_lite.config import InputError
     with pytest.raises(InputError, match=words): train.main([*TINY, *flags, "--out", str(tmp_path / "run")])
     assert not (tmp_path / "run").exists()
 
 def test_the_source_s_recipe_follows_its_curriculum_and_epochs_mean_one_stage(tmp_path, monkeypatch):
-    from fcos_lite import train
+    from fcos_lite.train import __main__ as train
     class Enough(Exception): pass
     def stop(run, network, recipe, *args):
         asked.append((recipe, train.Run(run.path).preset()[1]))
@@ -206,7 +206,7 @@ def test_the_source_s_recipe_follows_its_curriculum_and_epochs_mean_one_stage(tm
     assert asked[1][0].epochs == 4
 
 def test_two_processes_cannot_train_in_one_folder(tmp_path):
-    from fcos_lite import train
+    from fcos_lite.train import __main__ as train
     from fcos_lite.config import SCRATCH_RECIPE, SOURCE, InputError
     run = train.Run.create(tmp_path / "run")
     run.write_config(SOURCE, SCRATCH_RECIPE, {"scenes": 9})
@@ -218,7 +218,7 @@ def test_two_processes_cannot_train_in_one_folder(tmp_path):
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full, a device that is always full")
 def test_a_disk_that_is_really_full_keeps_the_rows_and_says_so(tmp_path):
     from fcos_lite.config import InputError
-    from fcos_lite.runs import Run
+    from fcos_lite.train.run import Run
     run = Run(tmp_path)
     run.write_row({"epoch": 1, "loss": 2.0})
     aside = tmp_path / f"partial-{os.getpid()}-metrics.csv"
@@ -231,7 +231,7 @@ def test_a_disk_that_is_really_full_keeps_the_rows_and_says_so(tmp_path):
 @pytest.mark.slow
 def test_a_real_kill_between_stages_and_inside_one(tmp_path):
     "The command, killed by the system where its log says so; resumed by the command."
-    from fcos_lite.checkpoints import LAST, read_checkpoint
+    from fcos_lite.train.checkpoint import LAST, read_checkpoint
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
     def command(argv, until=None):
         with subprocess.Popen([sys.executable, "-u", "-m", "fcos_lite.train", *argv], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=environment) as process:

@@ -12,14 +12,15 @@ import time
 import zlib
 from pathlib import Path
 import pytest
-from fcos_lite import data, shards
-from fcos_lite.checks import locked
+from fcos_lite.data import __main__ as data
+from fcos_lite.data import tfrecord as shards
+from fcos_lite.data.report import locked
 from fcos_lite.config import InputError
-from fcos_lite.formats import Examples, write_coco
-from fcos_lite.records import Storage, from_record, read_shard
-from fcos_lite.scenes import Scenes, World
-from fcos_lite.shards import ASIDE, load_index, shard_names, verify, write_records
-from fcos_lite.streams import Records
+from fcos_lite.data.coco import Examples, write_coco
+from fcos_lite.data.records import Storage, from_record, read_shard
+from fcos_lite.scenes.scenes import Scenes, World
+from fcos_lite.data.tfrecord import ASIDE, load_index, shard_names, verify, write_records
+from fcos_lite.data.streams import Records
 from test_bad_input import clean, coco, content, entry, message, page, pictures, rewrite   # a COCO folder, and ways to break it
 
 ROOT = Path(__file__).resolve().parents[1]

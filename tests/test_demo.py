@@ -3,7 +3,8 @@ import json
 import sys
 import cv2
 import pytest
-from fcos_lite import demo, train
+from fcos_lite import demo
+from fcos_lite.train import __main__ as train
 
 SMALL = ("--stem-filters 8 --stem-groups 2 --backbone-filters 8 8 8 8 --backbone-blocks 1 1 1 1 --backbone-groups 4 --pyramid-channels 16 --pyramid-groups 4 "
          "--tower-depth 1 --tower-channels 16 --tower-groups 4 --scenes 16 --epochs 2 --evaluate-every 2").split()

@@ -17,13 +17,13 @@ import h5py
 import numpy as np
 import pytest
 from PIL import Image
-from fcos_lite import detect
+from fcos_lite.detect import __main__ as detect
 from fcos_lite.config import SCRATCH_RECIPE, SOURCE_CAMERA, THRESHOLDS, InputError, Network
-from fcos_lite.model import FCOS
-from fcos_lite.results import COLUMNS, save_picture
-from fcos_lite.scenes import World, draw_scene
-from fcos_lite.video import Video, VideoWriter
-from fcos_lite.weights import load_weights, save_weights
+from fcos_lite.detector.model import FCOS
+from fcos_lite.detect.results import COLUMNS, save_picture
+from fcos_lite.scenes.scenes import World, draw_scene
+from fcos_lite.detect.video import Video, VideoWriter
+from fcos_lite.detector.weights import load_weights, save_weights
 
 TINY = Network(image_size=64, stem_filters=8, stem_groups=2, backbone_filters=(8, 8, 8, 8), backbone_blocks=(1, 1, 1, 1), backbone_groups=4,
                pyramid_channels=16, pyramid_groups=4, tower_depth=1, tower_channels=16, tower_groups=4)
@@ -240,7 +240,7 @@ def test_an_array_of_python_objects_is_no_weights(model, run, tmp_path):
 @pytest.mark.parametrize("display, power", [("score", 1), ("square_root", 1 / 2), ("cube_root", 1 / 3)])
 def test_what_is_drawn_is_the_score_or_its_root(display, power, monkeypatch):
     "Words at the boxes; the result itself keeps its scores."
-    from fcos_lite import results
+    from fcos_lite.detect import results
     said, scores = [], np.float32([0.512, 0.064])
     monkeypatch.setattr(results, "draw_boxes", lambda image, xyxy, labels, texts: said.extend(texts) or image)
     found = results.Result(np.float32([[1, 2, 20, 30], [5, 5, 25, 25]]), scores, np.int32([0, 0]), ("person",), np.zeros((40, 40, 3), "uint8"), name="a").displayed(display)

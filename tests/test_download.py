@@ -14,9 +14,10 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from fcos_lite import data, download
+from fcos_lite.data import __main__ as data
+from fcos_lite.data import download
 from fcos_lite.config import InputError
-from fcos_lite.download import Archive, fetch
+from fcos_lite.data.download import Archive, fetch
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -91,7 +92,7 @@ def test_kill_and_again(server, tmp_path):
     "The process is killed while a server dawdles; the next goes on, and nothing has the file's name before it is whole."
     Server.whole = np.random.default_rng(1).bytes(3_000_000)
     Server.plan = ["drop", "slow"]
-    code = f"import sys; from fcos_lite.download import *; fetch(Archive({server!r}, 'x', 1), sys.argv[1], wait=0)"
+    code = f"import sys; from fcos_lite.data.download import *; fetch(Archive({server!r}, 'x', 1), sys.argv[1], wait=0)"
     run = subprocess.Popen([sys.executable, "-c", code, str(tmp_path / "file")], cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)})
     partial, begun = tmp_path / "partial-file", time.monotonic()
     while not (len(Server.asked) >= 2 and partial.exists() and partial.stat().st_size >= 1_000_000) and time.monotonic() - begun < 60: time.sleep(0.02)

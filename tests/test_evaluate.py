@@ -11,10 +11,10 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from fcos_lite.config import SOURCE
-from fcos_lite.images import Example, Letterbox
-from fcos_lite.metrics import best_cut, coco_evaluation, outcomes, pretend, ranking, source_map75
-from fcos_lite.nms import Detections
-from fcos_lite.scenes import Scenes, World
+from fcos_lite.data.images import Example, Letterbox
+from fcos_lite.evaluate.metrics import best_cut, coco_evaluation, outcomes, pretend, ranking, source_map75
+from fcos_lite.detector.nms import Detections
+from fcos_lite.scenes.scenes import Scenes, World
 
 def some(rng, count, low=5, high=80):
     "Random boxes, xyxy."
@@ -170,8 +170,8 @@ def test_image_ids_need_not_differ():
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     "The folder of a run: an untrained, shallow network."
-    from fcos_lite.model import FCOS
-    from fcos_lite.weights import save_weights
+    from fcos_lite.detector.model import FCOS
+    from fcos_lite.detector.weights import save_weights
     folder = tmp_path_factory.mktemp("runs") / "first"
     folder.mkdir()
     network = replace(SOURCE, image_size=64, backbone_blocks=(1, 1, 1, 1), tower_depth=1)
@@ -190,7 +190,7 @@ def photographs(tmp_path):
     return folder
 
 def test_the_command_on_photographs(run, photographs, tmp_path, capsys):
-    from fcos_lite.evaluate import main
+    from fcos_lite.evaluate.evaluator import main
     out = tmp_path / "measured"
     arguments = ["--coco", str(photographs), "--weights", str(run), "--out", str(out), "--batch-size", "2", "--pictures", "3"]
     main(arguments)
@@ -208,7 +208,7 @@ def test_the_command_on_photographs(run, photographs, tmp_path, capsys):
     assert not [f for f in tmp_path.iterdir() if "partial" in f.name]
 
 def test_force_spares_what_is_no_evaluation(run, tmp_path):
-    from fcos_lite.evaluate import main
+    from fcos_lite.evaluate.evaluator import main
     precious = tmp_path / "precious"
     precious.mkdir()
     (precious / "thesis.txt").write_text("years of work")
@@ -225,8 +225,8 @@ def test_a_mistake_is_a_sentence(tmp_path):
 def test_validation_losses_do_not_depend_on_the_batches(weighting, normalizer):
     "Empty pictures that stand together weigh no more than empty pictures that stand among others; nor does a picture with one person weigh as much as one with many."
     from fcos_lite.config import SCRATCH_RECIPE
-    from fcos_lite.evaluate import predict
-    from fcos_lite.model import FCOS
+    from fcos_lite.evaluate.evaluator import predict
+    from fcos_lite.detector.model import FCOS
     model = FCOS(replace(SOURCE, image_size=64, strides=(16, 32), stem_filters=8, stem_groups=2, backbone_filters=(8, 8, 8, 8), backbone_blocks=(1, 1, 1, 1), backbone_groups=4, pyramid_channels=16,
                          pyramid_groups=4, tower_depth=1, tower_channels=16, tower_groups=4), replace(SCRATCH_RECIPE, level_areas=(1024,), ltrb_weighting=weighting, centerness_normalizer=normalizer, centerness_weight=0.5))
     people = list(Scenes(4, 0, World(size=64, min_height=30, max_height=60, empty_share=0.0)))

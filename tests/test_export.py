@@ -9,10 +9,10 @@ import cv2
 import numpy as np
 import pytest
 from fcos_lite.config import COCO_EVALUATION, SOURCE_CAMERA, InputError, Network
-from fcos_lite.export import compare, export, load_at, main, representative, shrink
-from fcos_lite.exported import FORMATS, PAGE, Exported, difference, read_page
-from fcos_lite.images import Letterbox
-from fcos_lite.scenes import Scenes, World
+from fcos_lite.export.__main__ import compare, export, load_at, main, representative, shrink
+from fcos_lite.export.runtime import FORMATS, PAGE, Exported, difference, read_page
+from fcos_lite.data.images import Letterbox
+from fcos_lite.scenes.scenes import Scenes, World
 
 ROOT = Path(__file__).resolve().parents[1]
 SIZE = 64
@@ -23,8 +23,8 @@ LIMITS = replace(SOURCE_CAMERA, score=0.25, candidates=100)
 @pytest.fixture(scope="module")
 def model():
     "A network that never learned, but is opinionated: its scores lie far apart, so that an order and a threshold mean something."
-    from fcos_lite.backbone import draw_kernels
-    from fcos_lite.model import FCOS
+    from fcos_lite.detector.backbone import draw_kernels
+    from fcos_lite.detector.model import FCOS
     model = FCOS(TINY)
     h = model.heads
     draw_kernels([*model.fpn.layers, *h.cls_tower.layers, *h.reg_tower.layers, h.classes, h.distances, h.centers], 0)     # the same in every run
@@ -98,7 +98,7 @@ def test_the_table_is_filled_from_the_top(written, squares):
         assert set(found["labels"][:count]) <= {0, 1}
 
 def test_more_boxes_than_rows_gives_the_best(model, squares):
-    from fcos_lite.graphs import Boxes
+    from fcos_lite.export.graph import Boxes
     many, few = Boxes(model, LIMITS, 100)(squares[:4]), Boxes(model, LIMITS, 3)(squares[:4])
     assert (np.array(many["count"]) > 3).any()
     for name in ("boxes", "scores", "labels"): np.testing.assert_array_equal(np.array(few[name]), np.array(many[name])[:, :3])
@@ -207,8 +207,8 @@ def test_the_command_from_weights_to_checked_boxes(tmp_path, capsys):
 @pytest.mark.slow
 def test_the_shipped_detector_at_its_size_on_fifty_scenes(tmp_path):
     "Every format and precision: float32 to the mark, the AP of the others against float32's."
-    from fcos_lite.metrics import coco_evaluation
-    from fcos_lite.nms import Detections
+    from fcos_lite.evaluate.metrics import coco_evaluation
+    from fcos_lite.detector.nms import Detections
     model, weights = load_at("person")
     size = model.network.image_size
     scenes = list(Scenes(50, 0, World(size=size)))

@@ -10,10 +10,10 @@ import keras
 import numpy as np
 import pytest
 from fcos_lite.config import SCRATCH_RECIPE, SOURCE, InputError, Network
-from fcos_lite.finetuning import freeze, layers_of, start_from
-from fcos_lite.model import FCOS
-from fcos_lite.training import build, compile_for_training
-from fcos_lite.weights import load_weights, save_weights
+from fcos_lite.train.finetuning import freeze, layers_of, start_from
+from fcos_lite.detector.model import FCOS
+from fcos_lite.train.trainer import build, compile_for_training
+from fcos_lite.detector.weights import load_weights, save_weights
 
 TINY = Network(image_size=32, class_names=("person", "dog"), strides=(8, 16), stem_filters=8, stem_groups=2, backbone_filters=(8, 8, 8, 8), backbone_blocks=(1, 1, 1, 1), backbone_groups=4,
                pyramid_channels=16, pyramid_groups=4, tower_depth=1, tower_channels=16, tower_groups=4)

@@ -6,11 +6,12 @@ from pathlib import Path
 import matplotlib.cbook
 import numpy as np
 import pytest
-from fcos_lite import demo, train
+from fcos_lite import demo
+from fcos_lite.train import __main__ as train
 from fcos_lite.config import SOURCE
-from fcos_lite.evaluate import evaluate
-from fcos_lite.model import FCOS
-from fcos_lite.readers import read_dataset
+from fcos_lite.evaluate.evaluator import evaluate
+from fcos_lite.detector.model import FCOS
+from fcos_lite.data.datasets import read_dataset
 
 GOLDEN = json.loads(Path(__file__).with_name("golden.json").read_text(encoding="utf-8"))
 PHOTOGRAPHS = os.environ.get("FCOS_LITE_PHOTOGRAPHS")   # the folder with the 2,276 + 400 photographs that README.md measures on

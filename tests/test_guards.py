@@ -20,8 +20,8 @@ def tiny():
 
 def bad_batches(odd, examples=16):
     "Eight batches of two scenes; in one of them a pixel is no number."
-    from fcos_lite.batches import Batches
-    from fcos_lite.scenes import Scenes, World
+    from fcos_lite.data.batches import Batches
+    from fcos_lite.scenes.scenes import Scenes, World
     class Odd(Batches):
         def __getitem__(self, index):
             batch = super().__getitem__(index)
@@ -37,7 +37,7 @@ LENGTH, WAITS, AVERAGE = 14, 3, 0.4           # micro-batches of an epoch, of wh
 def follow(interrupted):
     "A line learned in float16's way: the trained model, its weights at first and after each update, and what `averaged` lent."
     import keras
-    from fcos_lite.optimizer import averaged, make_optimizer
+    from fcos_lite.train.optimizer import averaged, make_optimizer
     keras.utils.set_random_seed(0)
     model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(1)])
     model.compile(make_optimizer(0.05, 0.1, 1.0, WAITS, scale_loss=True, average=AVERAGE), loss="mse")
@@ -86,8 +86,8 @@ def check_memory():
     "What the backend says of a full memory becomes three settings."
     import keras
     from fcos_lite.config import InputError
-    from fcos_lite.guards import explain_memory
-    from fcos_lite.training import build
+    from fcos_lite.train.nan_guard import explain_memory
+    from fcos_lite.train.trainer import build
     model = build(*tiny(), precision="float32")
     with pytest.raises(InputError, match="out of memory(?s:.)*--batch-size 1 --accumulate") as caught:
         with explain_memory(model): keras.ops.ones((2**20, 2**20, 64), "float32")
@@ -107,8 +107,8 @@ def test_on_jax():
 
 def test_evaluation_is_left_alone():
     "After a loss that is no number training stands still; a test step gives the loss as it is, and counts nothing."
-    from fcos_lite.optimizer import make_optimizer
-    from fcos_lite.training import build
+    from fcos_lite.train.optimizer import make_optimizer
+    from fcos_lite.train.trainer import build
     model, batches = build(*tiny(), precision="float32"), bad_batches(odd=1)
     model.compile(make_optimizer(1e-3, 0.05, 10.0, 2), run_eagerly=True)
     model.train_on_batch(batches[0])
@@ -126,10 +126,10 @@ def test_evaluation_is_left_alone():
 def test_a_bad_batch_is_found_after_a_resume(tmp_path):
     "A run dies between the bad batch and the guard's look; whoever goes on is told of the same batch, with the weights before it."
     import keras
-    from fcos_lite.checkpoints import Checkpoint
-    from fcos_lite.guards import Broken, Guard, replay
-    from fcos_lite.optimizer import make_optimizer
-    from fcos_lite.training import build
+    from fcos_lite.train.checkpoint import Checkpoint
+    from fcos_lite.train.nan_guard import Broken, Guard, replay
+    from fcos_lite.train.optimizer import make_optimizer
+    from fcos_lite.train.trainer import build
     before = []
     class Watch(keras.callbacks.Callback):
         def __init__(self, dies): super().__init__(); self.dies, self.seen = dies, 0

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 from fcos_lite.config import InputError
-from fcos_lite.images import decode_image, read_image
+from fcos_lite.data.images import decode_image, read_image
 
 def encoded(image, format, **options):
     file = io.BytesIO()

@@ -24,9 +24,9 @@ def compute(inputs, fit=False):
         if keras.backend.backend() != "jax": return function(*arrays)
         import jax
         return jax.jit(function)(*map(keras.ops.convert_to_tensor, arrays))
-    from fcos_lite.evaluate import Evaluator
-    from fcos_lite.model import FCOS
-    from fcos_lite.nms import decode, nms
+    from fcos_lite.evaluate.evaluator import Evaluator
+    from fcos_lite.detector.model import FCOS
+    from fcos_lite.detector.nms import decode, nms
     model = FCOS(NETWORK)
     model.set_weights([inputs[f"weight_{i}"] for i in range(len(model.weights))])
     outputs = model.predict_on_batch(inputs["image"])
@@ -59,7 +59,7 @@ def compute(inputs, fit=False):
 @pytest.fixture(scope="module")
 def both(tmp_path_factory):
     "The same on TensorFlow, here, and on JAX, in a process of its own."
-    from fcos_lite.model import FCOS
+    from fcos_lite.detector.model import FCOS
     import keras
     if keras.backend.backend() != "tensorflow": pytest.skip("this process does not run on TensorFlow")
     rng, folder = np.random.default_rng(0), tmp_path_factory.mktemp("jax")

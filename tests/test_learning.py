@@ -11,8 +11,8 @@ from pathlib import Path
 import h5py
 import numpy as np
 import pytest
-from fcos_lite.formats import write_coco
-from fcos_lite.scenes import Scenes, World
+from fcos_lite.data.coco import write_coco
+from fcos_lite.scenes.scenes import Scenes, World
 
 TINY = """--image-size 64 --strides 16 32 --level-areas 1024 --stem-filters 8 --stem-groups 2 --backbone-filters 8 8 8 8 --backbone-blocks 1 1 1 1 --backbone-groups 4
 --pyramid-channels 16 --pyramid-groups 4 --tower-depth 1 --tower-channels 16 --tower-groups 4""".split()
@@ -41,9 +41,9 @@ def test_the_same_seed_gives_the_same_curve_bit_for_bit(tmp_path):
     assert rows(tmp_path / "first") == rows(tmp_path / "second")
 
 def test_another_seed_is_another_network_with_other_pictures_in_another_order():
-    from fcos_lite.batches import epoch_order
+    from fcos_lite.data.batches import epoch_order
     from fcos_lite.config import SCRATCH_RECIPE, SOURCE
-    from fcos_lite.training import be_deterministic, build
+    from fcos_lite.train.trainer import be_deterministic, build
     network = replace(SOURCE, image_size=64, stem_filters=8, stem_groups=2, backbone_filters=(8,) * 4, backbone_blocks=(1,) * 4, backbone_groups=4, pyramid_channels=16, pyramid_groups=4, tower_depth=1, tower_channels=16, tower_groups=4)
     found = []
     for seed in (3, 3, 4):
@@ -80,7 +80,8 @@ def test_the_command_killed_at_random_moments_is_the_command_never_killed(tmp_pa
 
 def test_photographs_layout_end_to_end(tmp_path, capsys):
     "A COCO folder goes in; weights, figures and drawn pictures come out, by all three commands."
-    from fcos_lite import detect, evaluate
+    from fcos_lite.detect import __main__ as detect
+    from fcos_lite.evaluate import evaluator as evaluate
     world = World(size=96, min_height=24, max_height=90, empty_share=0.2)
     for part, count, seed in (("train2017", 12, 1), ("val2017", 6, 2)): write_coco(tmp_path / "coco", part, Scenes(count, seed, world), ("person",))
     run = tmp_path / "run"
@@ -98,11 +99,11 @@ def test_photographs_layout_end_to_end(tmp_path, capsys):
 def learn_by_heart(examples, class_names, image_size, steps, seed=0):
     "The figures of the source network on the very examples that it has learned from."
     import keras
-    from fcos_lite.batches import Batches
+    from fcos_lite.data.batches import Batches
     from fcos_lite.config import SCRATCH_RECIPE, SOURCE
-    from fcos_lite.evaluate import coco_evaluation, predict
-    from fcos_lite.model import FCOS
-    from fcos_lite.training import compile_for_training
+    from fcos_lite.evaluate.evaluator import coco_evaluation, predict
+    from fcos_lite.detector.model import FCOS
+    from fcos_lite.train.trainer import compile_for_training
     keras.utils.set_random_seed(seed)
     recipe = replace(SCRATCH_RECIPE, batch_size=len(examples), flip=0.0, brightness=0.0, noise=0.0, zoom=(1, 1), weight_decay=0.0, warmup_steps=20)
     model = FCOS(replace(SOURCE, image_size=image_size, class_names=class_names), recipe)

@@ -12,7 +12,7 @@ import pytest
 from keras import ops
 
 from fcos_lite.config import InputError
-from fcos_lite.losses import binary_cross_entropy, fcos_losses, focal_loss, giou_loss, total_loss
+from fcos_lite.detector.losses import binary_cross_entropy, fcos_losses, focal_loss, giou_loss, total_loss
 
 ROOT = Path(__file__).parents[1]
 SIDES = ((4, 16), (8, 8), (16, 4), (32, 2))   # stride in pixels, cells in a row: a picture of 64 pixels

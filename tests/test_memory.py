@@ -12,9 +12,9 @@ import cv2
 import keras
 import numpy as np
 import pytest
-from fcos_lite.batches import Batches
-from fcos_lite.images import Example
-from fcos_lite.scenes import Scenes, World
+from fcos_lite.data.batches import Batches
+from fcos_lite.data.images import Example
+from fcos_lite.scenes.scenes import Scenes, World
 
 STEPS, EPOCH = 2000, 100
 
@@ -27,10 +27,10 @@ class Keeper(keras.callbacks.Callback):
 def train(folder, kind):
     "A run in a process of its own; says how much more it holds after all steps than after 200."
     from fcos_lite.config import SCRATCH_RECIPE, Network
-    from fcos_lite.memory import Footprint
-    from fcos_lite.reports import Report
-    from fcos_lite.runs import Run
-    from fcos_lite.training import build, compile_for_training
+    from fcos_lite.train.memory import Footprint
+    from fcos_lite.train.callbacks import Report
+    from fcos_lite.train.run import Run
+    from fcos_lite.train.trainer import build, compile_for_training
     network = Network(image_size=32, strides=(16, 32), stem_filters=8, stem_groups=2, backbone_filters=(8, 8, 8, 8), backbone_blocks=(1, 1, 1, 1), backbone_groups=4,
                       pyramid_channels=16, pyramid_groups=4, tower_depth=1, tower_channels=16, tower_groups=4)
     recipe, world = replace(SCRATCH_RECIPE, level_areas=(256,), batch_size=2, accumulate=2), World(size=32, min_height=10, max_height=30, max_people=2)

@@ -10,9 +10,9 @@ import keras, numpy as np
 from dataclasses import replace
 from fcos_lite.config import SCRATCH_RECIPE, SOURCE
 keras.config.set_dtype_policy(sys.argv[1])
-from fcos_lite.evaluate import Evaluator
+from fcos_lite.evaluate.evaluator import Evaluator
 from fcos_lite.config import COCO_EVALUATION
-from fcos_lite.model import FCOS
+from fcos_lite.detector.model import FCOS
 
 boxes = np.float32([[[301.7, 77.3, 417.2, 509.4], [0, 0, 0, 0]], [[11.3, 20.9, 350.1, 401.6], [260.3, 300.1, 290.7, 399.9]]])
 batch = {"image": np.random.default_rng(0).integers(0, 256, (2, 512, 512, 3)).astype("uint8"), "boxes": boxes, "labels": np.int32([[0, -1], [0, 0]])}
@@ -50,5 +50,5 @@ def test_boxes_reach_the_loss_unrounded(policy):
 def test_nothing_is_left_to_be_built():
     "Else `fit` on JAX looks at a batch before the first epoch, `Batches` counts an epoch too many, and a resumed run is another run."
     from fcos_lite.config import Network
-    from fcos_lite.model import FCOS
+    from fcos_lite.detector.model import FCOS
     assert not [layer.name for layer in FCOS(Network(image_size=64))._flatten_layers() if not layer.built]

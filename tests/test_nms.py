@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tensorflow as tf
-from fcos_lite.nms import nms
+from fcos_lite.detector.nms import nms
 
 PICTURES = 50   # sets of one shape, judged in one call
 COMPILED = (4, 5, 6, 9, 10, 16, 17)   # kinds of one shape and 100 boxes a class, for which a compiled graph is made once
@@ -124,7 +124,7 @@ def test_compiled_graph_gives_the_same():
 ON_JAX = """
 import sys
 import jax, keras, numpy as np
-from fcos_lite.nms import nms
+from fcos_lite.detector.nms import nms
 assert keras.backend.backend() == "jax"
 given, answer = np.load(sys.argv[1]), {}
 compiled = jax.jit(lambda boxes, scores, iou, score: nms(boxes, scores, iou, score, 100, 120))
@@ -152,7 +152,7 @@ def test_jax_gives_the_same(tmp_path):
 @pytest.mark.parametrize("alive", [0, 1, 30, 199, 200, 201, 202, 500, 1000])
 def test_the_short_way_is_the_long_way(alive, monkeypatch):
     "None above the limit, few, as many as fit, one more, all: the same boxes, and nearly all of them, whether two hundred or a thousand candidates are judged."
-    from fcos_lite import nms as module
+    from fcos_lite.detector import nms as module
     assert module.FEW == 200
     rng = np.random.default_rng(0)
     corner = rng.uniform(0, 2000, (2, 900, 2))

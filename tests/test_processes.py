@@ -14,10 +14,10 @@ from pathlib import Path
 from types import SimpleNamespace
 import numpy as np
 import pytest
-from fcos_lite import team as team_module
+from fcos_lite.train import team as team_module
 from fcos_lite.config import InputError
-from fcos_lite.meeting import asked, gather, report_to
-from fcos_lite.team import Team, Watch
+from fcos_lite.train.meeting import asked, gather, report_to
+from fcos_lite.train.team import Team, Watch
 
 needs_jax = pytest.mark.skipif(importlib.util.find_spec("jax") is None, reason="JAX is not installed")
 EPOCHS, STEPS = 25, 50

@@ -15,14 +15,14 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from fcos_lite.checks import pictures_in
+from fcos_lite.data.report import pictures_in
 from fcos_lite.config import InputError
-from fcos_lite.dialects import LEAN, as_voc, as_yolo, half_box, lean, parse_xml, voc_row, yolo_row
-from fcos_lite.formats import Examples, read_coco, write_coco
-from fcos_lite.images import Example
-from fcos_lite.readers import LAYOUTS, read_dataset
-from fcos_lite.scenes import Scenes, World
-from fcos_lite.splits import check_apart, chunks, count_people, distinct, hold_out
+from fcos_lite.data.yolo import LEAN, as_voc, as_yolo, half_box, lean, parse_xml, voc_row, yolo_row
+from fcos_lite.data.coco import Examples, read_coco, write_coco
+from fcos_lite.data.images import Example
+from fcos_lite.data.datasets import LAYOUTS, read_dataset
+from fcos_lite.scenes.scenes import Scenes, World
+from fcos_lite.data.splits import check_apart, chunks, count_people, distinct, hold_out
 from test_bad_input import SKIPS, STOPS, WORLD, clean, coco, message   # the cases of COCO, and their folder
 
 NAMES = ("person", "dog")
@@ -84,7 +84,8 @@ def test_a_journey_through_other_layouts_changes_nothing(journey, scenes, tmp_pa
 
 @pytest.mark.parametrize("layout", ["YOLO", "VOC"])
 def test_training_and_packs_take_it_as_it_is(layout, three, scenes, tmp_path, capsys):
-    from fcos_lite import datasets, packs
+    from fcos_lite.train import datasets
+    from fcos_lite.data import shards as packs
     learned, kept_aside = datasets.read_data([three / layout], NAMES, None, 0.25)      # there is no part val
     assert 0 < len(kept_aside) < len(learned)
     same(scenes, [*kept_aside, *learned], 1e-3, crowds=layout != "YOLO")

@@ -16,14 +16,14 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from fcos_lite import data
-from fcos_lite.batches import Batches, epoch_order
+from fcos_lite.data import __main__ as data
+from fcos_lite.data.batches import Batches, epoch_order
 from fcos_lite.config import InputError
-from fcos_lite.formats import Examples, write_coco
-from fcos_lite.records import Storage, crc32c, frame, from_record, masked, read_example, read_shard, to_record, unframe, write_example
-from fcos_lite.scenes import Scenes, World
-from fcos_lite.shards import load_index, shard_names, verify, write_records
-from fcos_lite.streams import RecordBatches, Records, interleaved, stream, stream_order, window_order
+from fcos_lite.data.coco import Examples, write_coco
+from fcos_lite.data.records import Storage, crc32c, frame, from_record, masked, read_example, read_shard, to_record, unframe, write_example
+from fcos_lite.scenes.scenes import Scenes, World
+from fcos_lite.data.tfrecord import load_index, shard_names, verify, write_records
+from fcos_lite.data.streams import RecordBatches, Records, interleaved, stream, stream_order, window_order
 
 ROOT = Path(__file__).resolve().parents[1]
 WORLD = World(size=64, min_height=10, max_people=4, empty_share=0.2)
@@ -189,7 +189,7 @@ import sys
 sys.modules["tensorflow"] = None
 sys.path.insert(0, "tests")
 from test_records import print_of
-from fcos_lite.streams import RecordBatches, Records
+from fcos_lite.data.streams import RecordBatches, Records
 batches = RecordBatches(Records(sys.argv[1], "train2017"), 7, shuffle_seed=3, window=10, cycle=3)
 batches.epoch = 2
 print(print_of(batches[i] for i in range(len(batches))))
@@ -338,7 +338,7 @@ def test_packs_are_trained_on_where_there_is_no_tensorflow(photographs, tmp_path
     data.main(["pack", "--coco", str(photographs / "coco"), "--out", str(tmp_path / "packs"), "--image-size", "64", "--max-mb", "0.02"])
     pieces = sorted((tmp_path / "packs").glob("*"))
     assert len([piece for piece in pieces if piece.name.startswith("train2017")]) > 1
-    code = "import sys; sys.modules['tensorflow'] = None; from fcos_lite.train import main; main(sys.argv[1:])"
+    code = "import sys; sys.modules['tensorflow'] = None; from fcos_lite.train.__main__ import main; main(sys.argv[1:])"
     environment = {**os.environ, "KERAS_BACKEND": "jax", "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
     done = subprocess.run([sys.executable, "-c", code, *TRAIN, "--coco", *map(str, pieces), "--out", str(tmp_path / "run")], cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -378,7 +378,7 @@ def soak(folder, count):
     begun = None
     def say(what, pictures): print(json.dumps([what, pictures, time.process_time() - begun, int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2 ** 20]), flush=True)
     import tensorflow as tf
-    from fcos_lite.readers import read_dataset
+    from fcos_lite.data.datasets import read_dataset
     examples = read_dataset(folder / "coco", "train2017")
     list(tf.data.Dataset.range(9))                              # TensorFlow's own memory is there before anything is counted
     storage, begun = Storage(image_size=64, shard_pictures=count // 40), time.process_time()

@@ -19,13 +19,13 @@ def train(folder, epochs, compiled):
     """A run of its own process: says what it does, line by line, and pauses, also while it writes. A long one is compiled, and has averaged weights and a loss scale too; a short one
     is eager, which saves more time than it costs."""
     import keras
-    from fcos_lite import checkpoints
-    from fcos_lite.batches import Batches
+    from fcos_lite.train import checkpoint as checkpoints
+    from fcos_lite.data.batches import Batches
     from fcos_lite.config import SCRATCH_RECIPE, Network
-    from fcos_lite.runs import Run
-    from fcos_lite.scenes import Scenes, World
-    from fcos_lite.schedule import WarmupCosine
-    from fcos_lite.training import be_deterministic, build
+    from fcos_lite.train.run import Run
+    from fcos_lite.scenes.scenes import Scenes, World
+    from fcos_lite.train.schedule import WarmupCosine
+    from fcos_lite.train.trainer import be_deterministic, build
 
     class Slow:
         "A file that says when it is half written."
@@ -109,7 +109,7 @@ def complete(folder, kind, deaths=()):
 
 def assert_same(folder, other, kind):
     "Every array of two finished runs, and every number that they wrote down."
-    from fcos_lite.checkpoints import LAST, read_checkpoint
+    from fcos_lite.train.checkpoint import LAST, read_checkpoint
     with np.load(folder / "end.npz") as ours, np.load(other / "end.npz") as theirs:
         assert ours.files == theirs.files and len(ours.files) > 300
         assert {name.split("/")[2] for name in ours.files} >= {"kernel", "state", "momentum", "velocity", "accumulator", "iteration", "total"} | ({"average", "scale"} if kind == "long" else set())
@@ -162,7 +162,7 @@ def test_sigterm_is_heard_too(tmp_path, in_peace):
     assert_same(tmp_path / "run", in_peace("long"), "long")
 
 def test_signals_are_given_back_and_the_second_interrupts():
-    from fcos_lite.checkpoints import Wishes
+    from fcos_lite.train.checkpoint import Wishes
     before, wishes = signal.getsignal(signal.SIGINT), Wishes()
     with wishes:
         os.kill(os.getpid(), signal.SIGINT)
@@ -174,7 +174,7 @@ def test_signals_are_given_back_and_the_second_interrupts():
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full, a device that is always full")
 def test_a_disk_that_is_really_full_leaves_the_last_checkpoint(tmp_path):
-    from fcos_lite.checkpoints import ASIDE, LAST, pack, read_checkpoint, write_checkpoint
+    from fcos_lite.train.checkpoint import ASIDE, LAST, pack, read_checkpoint, write_checkpoint
     from fcos_lite.config import InputError
     write_checkpoint(tmp_path, pack({"number": 1}, {}))
     (tmp_path / ASIDE).symlink_to("/dev/full")
@@ -185,7 +185,7 @@ def on_jax(folder):
     "A little model under JAX, whose `fit` keeps its state outside the variables: stopped in the middle of an epoch, resumed in a new model, against one left alone."
     import keras
     from keras import layers
-    from fcos_lite import checkpoints
+    from fcos_lite.train import checkpoint as checkpoints
     assert keras.backend.backend() == "jax"
 
     class Numbers(keras.utils.PyDataset):

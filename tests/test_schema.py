@@ -7,13 +7,13 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-from fcos_lite.batches import Batches
+from fcos_lite.data.batches import Batches
 from fcos_lite.config import CURRICULUM, SOURCE_RECIPE, Network
-from fcos_lite.model import FCOS
-from fcos_lite.optimizer import make_optimizer, overflows
-from fcos_lite.reports import Report
-from fcos_lite.scenes import Scenes, World
-from fcos_lite.training import build, optimizer_of, schedule_of
+from fcos_lite.detector.model import FCOS
+from fcos_lite.train.optimizer import make_optimizer, overflows
+from fcos_lite.train.callbacks import Report
+from fcos_lite.scenes.scenes import Scenes, World
+from fcos_lite.train.trainer import build, optimizer_of, schedule_of
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "bench"))
 from document_loop import document_losses   # noqa: E402

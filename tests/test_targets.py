@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from fcos_lite.config import InputError
-from fcos_lite.targets import assign, count_lost, lost_boxes
+from fcos_lite.detector.targets import assign, count_lost, lost_boxes
 
 ROOT = Path(__file__).parents[1]
 STRIDES = (4, 8, 16, 32)
@@ -298,7 +298,7 @@ def test_the_loop_of_the_document_gives_the_same():
 JAX = """
 import json, sys
 import jax, keras, numpy as np
-from fcos_lite.targets import assign, lost_boxes
+from fcos_lite.detector.targets import assign, lost_boxes
 assert keras.backend.backend() == "jax"
 given = np.load(sys.argv[1])
 rules = json.loads(sys.argv[3])

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 
 from fcos_lite.config import SOURCE
-from fcos_lite.model import FCOS
+from fcos_lite.detector.model import FCOS
 
 HERE = Path(__file__).parent / "tfa_parity"
 REQUIREMENTS, SCRIPT = HERE / "requirements.txt", HERE / "document_network.py"

@@ -6,9 +6,9 @@ import matplotlib.cbook
 import numpy as np
 import pytest
 from fcos_lite import FCOS
-from fcos_lite.boxes import iou
+from fcos_lite.detector.boxes import iou
 from fcos_lite.config import InputError
-from fcos_lite.weights import check_seal, find_weights, preset_of, shipped
+from fcos_lite.detector.weights import check_seal, find_weights, preset_of, shipped
 
 WEIGHTS = Path(__file__).resolve().parents[1] / "weights"
 
@@ -46,7 +46,7 @@ def test_it_finds_the_person_in_a_photograph_it_has_not_seen(person):
 
 def test_shipped_weights_without_a_seal_are_refused(tmp_path, monkeypatch):
     for name in ("person.weights.h5", "person.json"): (tmp_path / name).write_bytes((WEIGHTS / name).read_bytes())
-    monkeypatch.setattr("fcos_lite.weights.shipped", lambda: {"person": tmp_path / "person.weights.h5"})
+    monkeypatch.setattr("fcos_lite.detector.weights.shipped", lambda: {"person": tmp_path / "person.weights.h5"})
     with pytest.raises(InputError, match=r"person.weights.h5.sha256 is missing beside it; fetch both again"): FCOS.from_preset("person")
 
 @pytest.mark.parametrize("grey", [0, 60, 128, 200, 255])
