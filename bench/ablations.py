@@ -22,7 +22,7 @@ from pathlib import Path
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 import numpy as np
-from fcos_lite.config import SOURCE_RECIPE
+from fcos_lite.config import REFERENCE_RECIPE
 from fcos_lite.data.coco import write_coco
 from fcos_lite.scenes.scenes import Scenes, World
 
@@ -63,8 +63,8 @@ def write_crowds(folder, a):
 
 def plan(photographs, crowds): # [(name, fields that are changed, seed)]
     "All runs of a table; most scenes have no crowds, so there that switch would change nothing."
-    if crowds: return [run for seed in SEEDS for run in (("scratch", {}, seed), ("crowds as background", {"crowd": SOURCE_RECIPE.crowd}, seed))]
-    kept = {name: {field: getattr(SOURCE_RECIPE, field) for field in fields} for name, fields in DIFFERENCES.items() if photographs or fields != ("crowd",)}
+    if crowds: return [run for seed in SEEDS for run in (("scratch", {}, seed), ("crowds as background", {"crowd": REFERENCE_RECIPE.crowd}, seed))]
+    kept = {name: {field: getattr(REFERENCE_RECIPE, field) for field in fields} for name, fields in DIFFERENCES.items() if photographs or fields != ("crowd",)}
     return [*(("scratch", {}, seed) for seed in SEEDS), *((name, fields, SEEDS[0]) for name, fields in kept.items()), ("scratch, other first values", FIRST_VALUES, SEEDS[0])]
 
 def command(module, words, core):

@@ -14,15 +14,15 @@ import cv2
 import numpy as np
 import tensorflow as tf
 from document_loop import read_records as read_documents_records, write_records as write_documents_records
-from fcos_lite.data.batches import most_boxes, pad_boxes, square_of
-from fcos_lite.config import SCRATCH_RECIPE, SOURCE
+from fcos_lite.data.batches import count_max_boxes, pad_boxes, letterboxed_example
+from fcos_lite.config import SCRATCH_RECIPE, REFERENCE
 from fcos_lite.data.coco import Examples
 from fcos_lite.data.images import Letterbox
-from fcos_lite.data.records import Storage
+from fcos_lite.data.records import RecordConfig
 from fcos_lite.scenes.scenes import Scenes, World
 from fcos_lite.data.tfrecord import write_records, write_shard
 from fcos_lite.data.streams import RecordBatches, Records, stream
-from fcos_lite.train.trainer import build, compile_for_training
+from fcos_lite.train.trainer import build_model, compile_for_training
 from training import TINY, in_turns
 
 def photographs(folder, count):
@@ -39,7 +39,7 @@ def photographs(folder, count):
 
 def out_of_files(examples, size, batch_size, passes):
     "The JPEG files themselves, as tutorials read them: decoded and letterboxed in every epoch."
-    most, rows = most_boxes(examples), []
+    most, rows = count_max_boxes(examples), []
     for example in examples:
         fit = Letterbox.fit(example.width, example.height, size)
         rows.append((str(example.image), *pad_boxes(fit.boxes_in(example.boxes), example.labels, most)))
@@ -69,23 +69,23 @@ def one_thread(batches, passes):
 def measure(network, batch_size, steps, passes, rounds):
     "Pictures a second of each way, in turns, and the shares of a training step that ours take."
     size, count = network.image_size, batch_size * steps
-    storage, recipe = Storage(image_size=size), replace(SCRATCH_RECIPE, batch_size=batch_size)
+    storage, recipe = RecordConfig(image_size=size), replace(SCRATCH_RECIPE, batch_size=batch_size)
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
         examples = photographs(folder / "files", count)
         write_records(examples, "train2017", folder / "records", replace(storage, shard_pictures=max(1, count // 4)), workers=1, progress=None)
-        squares = [square_of(example, size) for example in examples]
+        squares = [letterboxed_example(example, size) for example in examples]
         write_documents_records(folder / "document", squares)
         records = Records(folder / "records", "train2017")
         plain = RecordBatches(records, batch_size, shuffle_seed=0)
-        model = build(network, recipe, precision="float32")
+        model = build_model(network, recipe, precision="float32")
         compile_for_training(model, 1000)
         batch = plain[0]
         few = examples[:max(2, count // 8)]
         ways = {"stream": through(stream(records, batch_size, 0, epochs=passes)), "document": through(read_documents_records(folder / "document", batch_size).take(passes * steps)),
                 "files": through(out_of_files(examples, size, batch_size, passes)), "plain": one_thread(plain, passes), "step": lambda: model.train_on_batch(batch),
                 "write": lambda: write_shard(folder / "again.tfrecord", few, storage),
-                "write_document": lambda: write_documents_records(folder / "again", [square_of(example, size) for example in few])}
+                "write_document": lambda: write_documents_records(folder / "again", [letterboxed_example(example, size) for example in few])}
         for way in ways.values(): way()                      # once, for what is compiled
         seconds = dict(zip(ways, in_turns(ways.values(), rounds)))
     speed = {name: (len(few) if name.startswith("write") else batch_size if name == "step" else passes * count) / seconds[name] for name in ways}
@@ -103,6 +103,6 @@ def main():
     parser.add_argument("--rounds", type=int, default=5, help="measurements (default: %(default)s)")
     parser.add_argument("--tiny", action="store_true", help="a tiny network, to rehearse")
     a = parser.parse_args()
-    print(json.dumps(measure(replace(TINY if a.tiny else SOURCE, image_size=a.image_size), a.batch_size, a.steps, a.passes, a.rounds)))
+    print(json.dumps(measure(replace(TINY if a.tiny else REFERENCE, image_size=a.image_size), a.batch_size, a.steps, a.passes, a.rounds)))
 
 if __name__ == "__main__": main()

@@ -14,13 +14,13 @@ import numpy as np
 import tensorflow as tf
 from fcos_lite import FCOS
 from fcos_lite.detect.camera import Camera
-from fcos_lite.config import SOURCE_CAMERA, Network
+from fcos_lite.config import CAMERA_NMS, ModelConfig
 from fcos_lite.data.images import Letterbox
 from fcos_lite.detector.nms import decode, nms
 from fcos_lite.scenes.scenes import World, draw_scene
-from fcos_lite.detect.viewer import on_screen, stamped
+from fcos_lite.detect.viewer import fit_to_screen, draw_fps
 
-TINY = Network(image_size=64, stem_filters=8, stem_groups=2, backbone_filters=(8, 8, 8, 8), backbone_blocks=(1, 1, 1, 1), backbone_groups=4, pyramid_channels=16, pyramid_groups=4,
+TINY = ModelConfig(image_size=64, stem_filters=8, stem_groups=2, backbone_filters=(8, 8, 8, 8), backbone_blocks=(1, 1, 1, 1), backbone_groups=4, pyramid_channels=16, pyramid_groups=4,
                tower_depth=1, tower_channels=16, tower_groups=4)
 BUFFERS = 4   # frames that wait in the driver, as many as OpenCV asks of Linux's
 
@@ -54,12 +54,12 @@ def in_parts(model, picture, rounds):
     "Milliseconds of each step, medians, measured in turns; decoding and NMS take what the network says of this picture."
     size, fit = model.network.image_size, Letterbox.fit(picture.shape[1], picture.shape[0], model.network.image_size)
     bare, coded = tf.function(lambda image: model(image)), picture[..., ::-1].copy()
-    square, t = fit.apply(picture, model.network.pad_value)[None], SOURCE_CAMERA
+    square, t = fit.apply(picture, model.network.pad_value)[None], CAMERA_NMS
     after = tf.function(lambda outputs: nms(*decode(outputs, size, model.network.strides), t.iou, t.score, t.max_per_class, t.candidates))
     outputs = bare(tf.constant(square))
     steps = {"read": lambda: cv2.cvtColor(coded.copy(), cv2.COLOR_BGR2RGB), "letterbox": lambda: fit.apply(picture, model.network.pad_value),
              "network": lambda: {name: value.numpy() for name, value in bare(tf.constant(square)).items()}, "decoding and NMS": lambda: {name: value.numpy() for name, value in after(outputs).items()},
-             "draw and resize": lambda: stamped(on_screen(result.draw(), 1280, 720), 10, 0.1)}
+             "draw and resize": lambda: draw_fps(fit_to_screen(result.draw(), 1280, 720), 10, 0.1)}
     result, rows = model.detect(picture), []
     for _ in range(rounds + 1):
         row = []
@@ -72,7 +72,7 @@ def in_parts(model, picture, rounds):
     return {name: round(value, 2) for name, value in took.items()}
 
 def shown(model, image): # when it is on the screen
-    stamped(on_screen(model.detect(image).draw(), 1280, 720), 10, 0.1)
+    draw_fps(fit_to_screen(model.detect(image).draw(), 1280, 720), 10, 0.1)
     return time.perf_counter()
 
 def latency(model, picture, pictures, rate):

@@ -18,7 +18,7 @@ PAUSE = 0.05    # seconds
 KINDS = (("saved_model", "float32"), ("litert", "float32"), ("litert", "float16"), ("litert", "int8"), ("onnx", "float32"), ("onnx", "int8"))
 PEAK = "; import re; print(re.search(r'VmHWM:\\s+(\\d+)', open('/proc/self/status').read())[1])"      # kilobytes (Linux); what the parent is told of a child counts the parent's own
 KERAS = "import sys; from fcos_lite import FCOS; print(FCOS.from_preset(sys.argv[1]).detect(sys.argv[2]))" + PEAK   # at the size of the weights
-EXPORTED = "import sys; from fcos_lite.export.runtime import Exported; print(Exported(sys.argv[1]).detect(sys.argv[2]))" + PEAK   # what the library itself needs: no Keras, no TensorFlow
+EXPORTED = "import sys; from fcos_lite.export.runtime import ExportedDetector; print(ExportedDetector(sys.argv[1]).detect(sys.argv[2]))" + PEAK   # what the library itself needs: no Keras, no TensorFlow
 EXAMPLE = "import runpy, sys; sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')" + PEAK
 
 def timed(function):
@@ -68,11 +68,11 @@ def side_by_side(folder, size, batch_size, threads, rounds, tiny):
     import tensorflow as tf
     tf.config.threading.set_intra_op_parallelism_threads(threads)
     tf.config.threading.set_inter_op_parallelism_threads(threads)
-    from fcos_lite.export.runtime import Exported
+    from fcos_lite.export.runtime import ExportedDetector
     from fcos_lite.scenes.scenes import Scenes, World
     model, _ = detector(size, tiny)
     pictures = [scene.read()[80:560] for scene in Scenes(batch_size, 0, World(size=640))]      # 640 x 480
-    exports = [Exported(folder / f"{format}-{precision}", threads) for format, precision in KINDS]
+    exports = [ExportedDetector(folder / f"{format}-{precision}", threads) for format, precision in KINDS]
     seconds = in_turns([lambda: model.detect(pictures, batch_size=batch_size), *[lambda e=e: to_boxes(e, pictures) for e in exports]], rounds)
     return {"keras": {"seconds": round(seconds[0], 5)},
             **{f"{format} {precision}": {"seconds": round(value, 5), "faster": round(seconds[0] / value, 3)} for (format, precision), value in zip(KINDS, seconds[1:])}}
@@ -85,13 +85,13 @@ def started(command):
     return time.perf_counter() - begin, int(done.stdout.split()[-1]) / 1024
 
 def cold(folder, rounds):
-    "Start to first box and peak memory of the examples, which import their runtime alone; of the library's `Exported`; and of Keras."
+    "Start to first box and peak memory of the examples, which import their runtime alone; of the library's `ExportedDetector`; and of Keras."
     import cv2
     from fcos_lite.scenes.scenes import Scenes, World
     picture = folder / "scene.png"
     cv2.imwrite(str(picture), Scenes(1, 0, World(size=640))[0].read()[80:560, :, ::-1])
     commands = {"keras": ["-c", KERAS, "person", picture],
-                "litert float32 by `Exported`": ["-c", EXPORTED, folder / "litert-float32", picture],
+                "litert float32 by `ExportedDetector`": ["-c", EXPORTED, folder / "litert-float32", picture],
                 **{f"{format} {precision}": ["-c", EXAMPLE, HERE.parent / "examples" / f"detect_{format}.py", folder / f"{format}-{precision}", picture] for format, precision in KINDS}}
     rows = {}
     for name, command in commands.items():

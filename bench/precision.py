@@ -11,7 +11,7 @@ import tempfile
 from pathlib import Path
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-from fcos_lite.config import COCO_EVALUATION
+from fcos_lite.config import COCO_NMS
 from fcos_lite.evaluate.evaluator import predict
 from fcos_lite.export.__main__ import export, load_at, representative, shrink
 from fcos_lite.export.runtime import FORMATS
@@ -47,14 +47,14 @@ def main():
         figures = coco_evaluation(examples, found, names)[0]
         rows[name] = {key: round(figures[key], 4) for key in NAMES}
         print(f"| {name} | {megabytes} | {' | '.join(f'{figures[key]:.4f}' for key in NAMES)} |", flush=True)
-    (found,), _ = predict(model, examples, thresholds=(COCO_EVALUATION,))
+    (found,), _ = predict(model, examples, thresholds=(COCO_NMS,))
     row("Keras float32", found)
     with tempfile.TemporaryDirectory() as folder:
         for format, kinds in FORMATS.items():
             for precision in kinds:
                 here = Path(folder) / f"{format}-{precision}"
                 with contextlib.redirect_stdout(sys.stderr):
-                    exported = export(model, here, format, thresholds=COCO_EVALUATION, weights=weights)[0] if precision == "float32" else shrink(Path(folder) / f"{format}-float32", here, precision, squares)
+                    exported = export(model, here, format, thresholds=COCO_NMS, weights=weights)[0] if precision == "float32" else shrink(Path(folder) / f"{format}-float32", here, precision, squares)
                 row(f"{format} {precision}", found_by(exported, examples, names), f"{sum(file.stat().st_size for file in here.rglob('*') if file.is_file()) / 1e6:.1f}")
     if not a.keep: return
     kept = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.exists() else {}

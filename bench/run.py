@@ -22,11 +22,11 @@ import tensorflow as tf
 from document_targets import document_targets
 from fcos_lite.detector.backbone import GroupNorm
 from fcos_lite.data.batches import Batches
-from fcos_lite.config import SCRATCH_RECIPE, SOURCE, SOURCE_CAMERA
+from fcos_lite.config import SCRATCH_RECIPE, REFERENCE, CAMERA_NMS
 from fcos_lite.export.__main__ import load_at
 from fcos_lite.detector.model import FCOS
 from fcos_lite.scenes.scenes import Scenes, World
-from fcos_lite.detector.targets import assign
+from fcos_lite.detector.targets import assign_targets
 from fcos_lite.train.trainer import compile_for_training
 
 HERE = Path(__file__).parent
@@ -56,7 +56,7 @@ def bare_step(model):
 
 def training_step(size, batch_size, rounds):
     "Our whole training step, from NumPy arrays to updated weights, against the bare forward and backward pass."
-    model = FCOS(replace(SOURCE, image_size=size), replace(SCRATCH_RECIPE, batch_size=batch_size))
+    model = FCOS(replace(REFERENCE, image_size=size), replace(SCRATCH_RECIPE, batch_size=batch_size))
     compile_for_training(model, 1000)
     batch = Batches(Scenes(batch_size, 0, World(size=size)), batch_size, size)[0]
     step = bare_step(model)
@@ -70,8 +70,8 @@ def detection(size, rounds):
     with tempfile.TemporaryDirectory() as folder:
         file = str(Path(folder) / "scene.jpg")
         cv2.imwrite(file, Scenes(1, 3, World(size=640, min_height=100))[0].read()[160:, :, ::-1])
-        row = side_by_side(lambda: model.detect(file, SOURCE_CAMERA), lambda: {k: v.numpy() for k, v in forward(square).items()}, rounds)
-        return {**row, "boxes": len(model.detect(file, SOURCE_CAMERA))}
+        row = side_by_side(lambda: model.detect(file, CAMERA_NMS), lambda: {k: v.numpy() for k, v in forward(square).items()}, rounds)
+        return {**row, "boxes": len(model.detect(file, CAMERA_NMS))}
 
 def random_boxes(rng, batch_size, count, size):
     "Boxes of people's shapes, (B, M, 4) xyxy pixels."
@@ -84,10 +84,10 @@ def targets_against_document(count, step_seconds, rounds, size=512, batch_size=4
     "Vectorised assignment, compiled, against the document's loop over boxes, eager; and its share of the training step."
     boxes = random_boxes(np.random.default_rng(1), batch_size, count, size)
     labels = np.zeros(boxes.shape[:2], "int32")
-    ours = tf.function(lambda boxes, labels: assign(boxes, labels, size, SOURCE.strides, 1))
+    ours = tf.function(lambda boxes, labels: assign_targets(boxes, labels, size, REFERENCE.strides, 1))
     theirs = lambda: [document_targets(b, l) for b, l in zip(boxes, labels)]
     row = side_by_side(theirs, lambda: {k: v.numpy() for k, v in ours(tf.constant(boxes), tf.constant(labels)).items()}, rounds)
-    model = FCOS(replace(SOURCE, image_size=size), SCRATCH_RECIPE)      # the rules of the recipe whose step is timed
+    model = FCOS(replace(REFERENCE, image_size=size), SCRATCH_RECIPE)      # the rules of the recipe whose step is timed
     learned = tf.function(lambda boxes, labels: model.targets(boxes, labels))
     inside = side_by_side(lambda: {k: v.numpy() for k, v in learned(tf.constant(boxes), tf.constant(labels)).items()}, lambda: None, max(5, rounds))["seconds"]
     return {"document_seconds": row["seconds"], "seconds": row["bare_seconds"], "document_over_ours": row["ratio"],

@@ -14,11 +14,11 @@ import cv2
 import keras
 import numpy as np
 from fcos_lite.data.batches import Batches
-from fcos_lite.config import SCRATCH_RECIPE, SOURCE, Network
+from fcos_lite.config import SCRATCH_RECIPE, REFERENCE, ModelConfig
 from fcos_lite.scenes.scenes import Scenes, World
-from fcos_lite.train.trainer import build, compile_for_training
+from fcos_lite.train.trainer import build_model, compile_for_training
 
-TINY = Network(stem_filters=8, stem_groups=2, backbone_filters=(8, 8, 8, 8), backbone_blocks=(1, 1, 1, 1), backbone_groups=4, pyramid_channels=16, pyramid_groups=4,
+TINY = ModelConfig(stem_filters=8, stem_groups=2, backbone_filters=(8, 8, 8, 8), backbone_blocks=(1, 1, 1, 1), backbone_groups=4, pyramid_channels=16, pyramid_groups=4,
                tower_depth=1, tower_channels=16, tower_groups=4)
 
 def timed(function):
@@ -68,7 +68,7 @@ def whole_loop(network, batch_size, steps, rounds, against_document):
         folder, recipe = Path(folder), replace(SCRATCH_RECIPE, batch_size=batch_size)
         examples = photographs(folder, batch_size * steps, network.image_size)
         batches = Batches(examples, batch_size, network.image_size, shuffle_seed=0)
-        model = build(network, recipe, precision="float32")
+        model = build_model(network, recipe, precision="float32")
         compile_for_training(model, steps * (rounds + 3))
         image = batches[0]["image"]
         if keras.backend.backend() == "tensorflow":
@@ -82,7 +82,7 @@ def whole_loop(network, batch_size, steps, rounds, against_document):
         if against_document:
             from document_loop import DocumentLoop, write_records
             write_records(folder / "records", examples)
-            loop = DocumentLoop(build(network, recipe, precision="float32"), folder / "records", batch_size, nowhere)
+            loop = DocumentLoop(build_model(network, recipe, precision="float32"), folder / "records", batch_size, nowhere)
             loop.run(1)
             document = timed(lambda: loop.run(9)) / 9       # nine micro-batches are a turn of its counter
             rows.append([timed(function) for function in functions])
@@ -105,6 +105,6 @@ def main():
     parser.add_argument("--document", action="store_true", help="the document's loop too (TensorFlow)")
     parser.add_argument("--tiny", action="store_true", help="a tiny network, to rehearse")
     a = parser.parse_args()
-    print(json.dumps(whole_loop(replace(TINY if a.tiny else SOURCE, image_size=a.image_size), a.batch_size, a.steps, a.rounds, a.document)))
+    print(json.dumps(whole_loop(replace(TINY if a.tiny else REFERENCE, image_size=a.image_size), a.batch_size, a.steps, a.rounds, a.document)))
 
 if __name__ == "__main__": main()

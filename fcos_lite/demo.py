@@ -12,14 +12,14 @@ from pathlib import Path
 import cv2
 import matplotlib.cbook
 from .train import __main__ as train
-from .config import SOURCE_CAMERA
+from .config import CAMERA_NMS
 from .detect.__main__ import detect_files, write_found
 from .flags import run_command
 from .train.memory import keep_freed_memory
 from .detector.model import FCOS
 from .scenes.scenes import Scenes, World
-from .train.trainer import run_as_traced
-from .visualize.drawing import draw_boxes, grid
+from .train.trainer import disable_grappler
+from .visualize.drawing import draw_boxes, tile_images
 
 # %% ../nbs/reference/foundation/demo.ipynb #a8134e4f
 WORLD = World(size=96, min_height=36, max_height=82, max_people=2, max_dogs=1, max_balls=1, max_things=3, min_visible=0.7)
@@ -49,7 +49,7 @@ def contact_sheet(
     for detections in list(found.values())[:count]:
         large = cv2.resize(detections.image, None, fx=enlarge, fy=enlarge, interpolation=cv2.INTER_CUBIC)
         tiles.append(draw_boxes(large, detections.xyxy * enlarge, detections.label, [f"{score:.2f}" for score in detections.score]))
-    return grid(tiles, columns=5)
+    return tile_images(tiles, columns=5)
 
 # %% ../nbs/reference/foundation/demo.ipynb #c126cf90
 def main(argv=None):
@@ -59,11 +59,11 @@ def main(argv=None):
     out = parser.parse_args(argv).out
     if argv is None:   # the process is our own
         keep_freed_memory()
-        run_as_traced()
+        disable_grappler()
     print(f"1/3 learning; progress is kept in {out}/log.txt", flush=True)
     result = train.main([*FLAGS, "--out", str(out), "--force"])
     print("2/3 looking at pictures that it has never met", flush=True)
-    thresholds = dataclasses.replace(SOURCE_CAMERA, score=result["threshold"])   # where F1 was highest
+    thresholds = dataclasses.replace(CAMERA_NMS, score=result["threshold"])   # where F1 was highest
     found = detect_files(FCOS.from_preset(out), write_unseen(out / "unseen"), thresholds)
     write_found(found, out / "detected")
     cv2.imwrite(str(out / "detected.png"), contact_sheet(found)[..., ::-1])

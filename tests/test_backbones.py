@@ -9,9 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 from fcos_lite.detector import pretrained as backbones
-from fcos_lite.config import SCRATCH_RECIPE, InputError, Network
+from fcos_lite.config import SCRATCH_RECIPE, InputError, ModelConfig
 
-NETWORK = Network(image_size=64, backbone="stranger", pyramid_channels=16, pyramid_groups=4, tower_depth=1, tower_channels=16, tower_groups=4)
+NETWORK = ModelConfig(image_size=64, backbone="stranger", pyramid_channels=16, pyramid_groups=4, tower_depth=1, tower_channels=16, tower_groups=4)
 RECIPE = dataclasses.replace(SCRATCH_RECIPE, batch_size=2, accumulate=1, peak_rate=0.01, weight_decay=0.0)
 
 def stranger(size): # pixels -> keras.Model
@@ -31,9 +31,9 @@ def learn(frozen):
     from fcos_lite.data.batches import Batches
     from fcos_lite.train.finetuning import freeze
     from fcos_lite.scenes.scenes import Scenes, World
-    from fcos_lite.train.trainer import build, compile_for_training
+    from fcos_lite.train.trainer import build_model, compile_for_training
     keras.utils.set_random_seed(0)
-    model = build(NETWORK, RECIPE, precision="float32")
+    model = build_model(NETWORK, RECIPE, precision="float32")
     freeze(model, frozen)
     compile_for_training(model, 2)
     body = model.fpn.get_layer("c_body")
@@ -81,17 +81,17 @@ def test_published_weights_arrive_where_they_belong(tmp_path):
     published.save_weights(tmp_path / "published.weights.h5")
     model = FCOS(NETWORK, RECIPE)
     rest = [np.array(w) for w in model.heads.weights]
-    backbones.load_backbone(model, str(tmp_path / "published.weights.h5"))
+    backbones.load_pretrained_backbone(model, str(tmp_path / "published.weights.h5"))
     for ours, theirs in zip(model.fpn.get_layer("c_body").get_weights(), published.get_weights(), strict=True): np.testing.assert_array_equal(ours, theirs)
     for ours, before in zip(model.heads.weights, rest): np.testing.assert_array_equal(np.array(ours), before)
 
 @pytest.mark.parametrize("name", ["MobileNetV2", "VGG16", *(pytest.param(name, marks=pytest.mark.slow) for name in ("MobileNetV3Small", "EfficientNetB0", "ResNet50", "DenseNet121", "ConvNeXtTiny", "EfficientNetV2B0"))])
 def test_the_networks_that_keras_knows_have_what_is_needed(name):
     "Maps of the four strides, and units that are those of their own preparation."
-    body, units = backbones.body_of(name, 64)
-    assert [(stride, found.shape[1]) for stride, found in backbones.taps(body).items()][-4:] == [(4, 16), (8, 8), (16, 4), (32, 2)]
+    body, units = backbones.build_application(name, 64)
+    assert [(stride, found.shape[1]) for stride, found in backbones.feature_outputs(body).items()][-4:] == [(4, 16), (8, 8), (16, 4), (32, 2)]
     pixels = np.random.default_rng(0).integers(0, 256, (1, 2, 2, 3)).astype("float32")
-    np.testing.assert_allclose(backbones.Units(*units)(pixels / 255), backbones.application(name)[1](pixels.copy()), atol=1e-3)
+    np.testing.assert_allclose(backbones.InputScaling(*units)(pixels / 255), backbones.application(name)[1](pixels.copy()), atol=1e-3)
 
 @pytest.mark.parametrize("flags, words", [
     (["--backbone", "MobileNetV9"], "no such network; choose source"),

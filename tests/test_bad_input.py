@@ -17,7 +17,7 @@ from fcos_lite.evaluate import evaluator as evaluate
 from fcos_lite.data import shards as packs
 from fcos_lite.train import __main__ as train
 from fcos_lite.data.batches import Batches
-from fcos_lite.config import SCRATCH_RECIPE, InputError, Network
+from fcos_lite.config import SCRATCH_RECIPE, InputError, ModelConfig
 from fcos_lite.data.coco import read_coco, write_coco
 from fcos_lite.detector.model import FCOS
 from fcos_lite.scenes.scenes import Scenes, World
@@ -288,7 +288,7 @@ def test_a_run_that_is_to_be_replaced_is_back_where_the_new_one_is_refused(flags
                                          (["--seed", "0"], "seed"), (["--recipe", "scratch"], "recipe"), (["--evaluate-every", "1"], "evaluate-every")], ids=lambda value: value if isinstance(value, str) else "")   # what a fresh run has by default is asked for, too
 def test_a_resume_that_asks_for_something_else_is_refused_and_nothing_is_touched(flags, name, tmp_path):
     run = train.Run.create(tmp_path / "run")
-    run.write_config(Network(**SMALL), SCRATCH_RECIPE, {"scenes": 9, "epochs": 3, "seed": 5, "recipe": "source", "evaluate_every": 0})
+    run.write_config(ModelConfig(**SMALL), SCRATCH_RECIPE, {"scenes": 9, "epochs": 3, "seed": 5, "recipe": "source", "evaluate_every": 0})
     before = (run.path / "config.json").read_bytes()
     said = message(lambda: train.main(["--resume", str(run.path), *flags]))
     assert f"--{name} says otherwise" in said and f"--weights {run.path}" in said
@@ -311,7 +311,7 @@ def test_learned_and_measured_pictures_are_apart_whatever_their_names(coco):
 
 def test_a_pack_is_whole_or_not_there(coco, tmp_path, monkeypatch):
     "A picture that breaks on the way, and a disk that is full after two pieces; what else is in the folder stays."
-    out, shrink, write_piece, written = tmp_path / "out", packs.shrink, packs.write_piece, []
+    out, shrink, write_piece, written = tmp_path / "out", packs.downscale_example, packs.write_coco_shard, []
     out.mkdir()
     (out / "diary.txt").write_text("mine")
     def torn(example, size):
@@ -322,21 +322,21 @@ def test_a_pack_is_whole_or_not_there(coco, tmp_path, monkeypatch):
         written.append(folder)
         write_piece(folder, *arguments)
     def command(*flags): packs.main(["--coco", str(coco), "--out", str(out), "--parts", "train2017", "--image-size", "32", "--max-mb", "0.002", *flags])
-    monkeypatch.setattr(packs, "shrink", torn)
+    monkeypatch.setattr(packs, "downscale_example", torn)
     said = message(command)
     assert "1 of 8 pictures cannot be used" in said and "picture that cannot be decoded; first: 3.jpg" in said and os.listdir(out) == ["diary.txt"]
-    monkeypatch.setattr(packs, "write_piece", full)
+    monkeypatch.setattr(packs, "write_coco_shard", full)
     assert f"{out}: cannot be written (No space left on device); make room" in message(lambda: command("--max-bad-share", "0.2"))
     assert len(written) == 2 and os.listdir(out) == ["diary.txt"]
-    monkeypatch.setattr(packs, "write_piece", write_piece)
+    monkeypatch.setattr(packs, "write_coco_shard", write_piece)
     command("--max-bad-share", "0.2")
-    assert [e.image_id for e in packs.read_several(sorted(out.glob("train2017-*")), "train2017")] == [1, 2, 4, 5, 6, 7, 8]
+    assert [e.image_id for e in packs.read_datasets(sorted(out.glob("train2017-*")), "train2017")] == [1, 2, 4, 5, 6, 7, 8]
 
 @pytest.fixture(scope="session")
 def weights(tmp_path_factory):
     "The folder of a run, with a small network that has learned nothing."
     folder = tmp_path_factory.mktemp("weights")
-    network = Network(**SMALL)
+    network = ModelConfig(**SMALL)
     FCOS(network).save_weights(folder / "best.weights.h5")
     (folder / "config.json").write_text(json.dumps({"network": {**SMALL, "class_names": ["person"]}, "recipe": {}, "run": {}}))
     return folder

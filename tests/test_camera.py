@@ -11,11 +11,11 @@ from fcos_lite.detect import camera as camera_module
 from fcos_lite.detect import __main__ as detect
 from fcos_lite.detect import viewer as watch
 from fcos_lite.detect.camera import Camera
-from fcos_lite.config import InputError, Network, check
+from fcos_lite.config import InputError, ModelConfig, check
 from fcos_lite.detector.model import FCOS
 from fcos_lite.detect.video import Video
 
-TINY = Network(image_size=64, stem_filters=8, stem_groups=2, backbone_filters=(8, 8, 8, 8), backbone_blocks=(1, 1, 1, 1), backbone_groups=4,
+TINY = ModelConfig(image_size=64, stem_filters=8, stem_groups=2, backbone_filters=(8, 8, 8, 8), backbone_blocks=(1, 1, 1, 1), backbone_groups=4,
                pyramid_channels=16, pyramid_groups=4, tower_depth=1, tower_channels=16, tower_groups=4)
 HANG = object()
 
@@ -222,7 +222,7 @@ def test_rate_and_latency_stand_on_the_picture(monkeypatch):
     "In the left upper corner, in words; the picture that was given stays as it was, and below nothing changes."
     said, image = [], np.full((240, 320, 3), 200, np.uint8)
     monkeypatch.setattr(watch, "text_patch", lambda text, size, color, drawn=watch.text_patch: said.append(text) or drawn(text, size, color))
-    shown = watch.stamped(image, 12.345, 0.0678)
+    shown = watch.draw_fps(image, 12.345, 0.0678)
     assert said == ["12.3 frames/s, 68 ms late"] and (image == 200).all()
     changed = np.argwhere((shown != 200).any(-1))
     assert len(changed) > 500 and changed.min(0).tolist() == [0, 0] and changed[:, 0].max() < 40

@@ -25,7 +25,7 @@ class Killed(BaseException):
 def lives(home):
     "One process in which runs live and die, one after the other; prints what was seen, as JSON."
     from fcos_lite.train import __main__ as train
-    from fcos_lite.train.checkpoint import LAST, read_checkpoint, state_of
+    from fcos_lite.train.checkpoint import LAST, read_checkpoint, model_state
     from fcos_lite.config import InputError
     seen, now = {}, {}
 
@@ -36,7 +36,7 @@ def lives(home):
             self.every_seconds, self.epoch_seconds = now["seconds"], min(10, now["seconds"])
         def fit(self, *args, **kwargs):
             super().fit(*args, **kwargs)
-            now["ends"][self.stage] = {name: array for name, array in state_of(self.model).items()}
+            now["ends"][self.stage] = {name: array for name, array in model_state(self.model).items()}
         def on_train_batch_begin(self, batch, logs=None):
             now["steps"] += 1
             if now.get("step") == self.step: raise Killed()
@@ -113,19 +113,19 @@ def seen(tmp_path_factory):
     return json.loads(done.stdout.splitlines()[-1])
 
 def test_the_source_s_curriculum_number_for_number():
-    from fcos_lite.config import SOURCE_RECIPE
-    from fcos_lite.train.stages import lessons_of, source_stages
-    from fcos_lite.train.trainer import schedule_of
-    lessons = lessons_of(dataclasses.replace(SOURCE_RECIPE, stages=source_stages(38_800)), 38_800)
+    from fcos_lite.config import REFERENCE_RECIPE
+    from fcos_lite.train.stages import plan_stages, reference_stages
+    from fcos_lite.train.trainer import schedule_for
+    lessons = plan_stages(dataclasses.replace(REFERENCE_RECIPE, stages=reference_stages(38_800)), 38_800)
     assert [(lesson.pictures.start, lesson.pictures.stop) for lesson in lessons] == [(0, 10_000), (10_000, 20_000), (20_000, 30_000), (30_000, 38_800), (0, 38_800)]
     assert [lesson.recipe.epochs for lesson in lessons] == [30] * 4 + [10]
     assert [lesson.steps for lesson in lessons] == [75_000] * 3 + [66_000, 97_000]          # of four pictures
     for lesson in lessons[:4]:
-        schedule = schedule_of(lesson.recipe, lesson.steps)
+        schedule = schedule_for(lesson.recipe, lesson.steps)
         assert (schedule.peak_rate, schedule.final_rate, schedule.start_rate) == (5e-5, 2.5e-7, 2.5e-7)
         assert schedule.warmup_steps == lesson.steps // 20                                  # shorter than 20 warm-ups of 5,000
         assert (lesson.recipe.pace_fpn, lesson.recipe.pace_heads) == (1, 1)
-    rates = np.array(schedule_of(lessons[4].recipe, lessons[4].steps)(np.arange(0, 97_000, 1000)))
+    rates = np.array(schedule_for(lessons[4].recipe, lessons[4].steps)(np.arange(0, 97_000, 1000)))
     np.testing.assert_allclose(rates, 1e-6, rtol=1e-6)
     assert lessons[4].recipe.pace_fpn * 1e-6 == 1e-6 and lessons[4].recipe.pace_heads * 1e-6 == pytest.approx(1e-5, rel=1e-12)
     assert all((lesson.recipe.batch_size, lesson.recipe.accumulate, lesson.recipe.weight_decay, lesson.recipe.clip_norm, lesson.recipe.patience) == (4, 8, 5e-3, 10.0, 7) for lesson in lessons)
@@ -171,9 +171,9 @@ def test_what_belongs_to_another_run_is_refused_and_nothing_is_touched(seen):
     ({"stages": [{"peak_rate": -1.0}]}, "peak_rate -1.0: must not be negative")])
 def test_a_configuration_that_means_nothing_is_refused(tmp_path, change, words):
     from fcos_lite.train import __main__ as train
-    from fcos_lite.config import SCRATCH_RECIPE, SOURCE, InputError
+    from fcos_lite.config import SCRATCH_RECIPE, REFERENCE, InputError
     run = train.Run.create(tmp_path / "run")
-    run.write_config(SOURCE, SCRATCH_RECIPE, {"scenes": 9})
+    run.write_config(REFERENCE, SCRATCH_RECIPE, {"scenes": 9})
     page = json.loads((run.path / "config.json").read_text())
     (run.path / "config.json").write_text(json.dumps(page | {"recipe": page["recipe"] | change}))
     before = (run.path / "config.json").read_bytes()
@@ -207,9 +207,9 @@ def test_the_source_s_recipe_follows_its_curriculum_and_epochs_mean_one_stage(tm
 
 def test_two_processes_cannot_train_in_one_folder(tmp_path):
     from fcos_lite.train import __main__ as train
-    from fcos_lite.config import SCRATCH_RECIPE, SOURCE, InputError
+    from fcos_lite.config import SCRATCH_RECIPE, REFERENCE, InputError
     run = train.Run.create(tmp_path / "run")
-    run.write_config(SOURCE, SCRATCH_RECIPE, {"scenes": 9})
+    run.write_config(REFERENCE, SCRATCH_RECIPE, {"scenes": 9})
     with train.locked(run.path):
         with pytest.raises(InputError, match="another process is at work"): train.main(["--resume", str(run.path)])
         with pytest.raises(InputError, match="another process is at work"): train.Run.create(run.path, force=True)

@@ -14,10 +14,10 @@ from pathlib import Path
 import pytest
 from fcos_lite.data import __main__ as data
 from fcos_lite.data import tfrecord as shards
-from fcos_lite.data.report import locked
+from fcos_lite.data.report import folder_lock
 from fcos_lite.config import InputError
 from fcos_lite.data.coco import Examples, write_coco
-from fcos_lite.data.records import Storage, from_record, read_shard
+from fcos_lite.data.records import RecordConfig, decode_example, read_shard
 from fcos_lite.scenes.scenes import Scenes, World
 from fcos_lite.data.tfrecord import ASIDE, load_index, shard_names, verify, write_records
 from fcos_lite.data.streams import Records
@@ -28,7 +28,7 @@ ENV = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
 FLAGS = ["--image-size", "64", "--shard-pictures", "4"]
 
 def write(folder, out, *flags): data.main(["write", "--coco", str(folder), "--out", str(out), "--workers", "1", "--parts", "train2017", *FLAGS, *flags])
-def ids(out, part="train2017"): return [from_record(row, "").image_id for file in sorted(out.glob(f"{part}-*.tfrecord")) for _, row in read_shard(file)]
+def ids(out, part="train2017"): return [decode_example(row, "").image_id for file in sorted(out.glob(f"{part}-*.tfrecord")) for _, row in read_shard(file)]
 def contents(out): return {file.name: file.read_bytes() for file in sorted(out.iterdir())}
 
 # --- killed
@@ -103,7 +103,7 @@ def test_a_finished_folder_is_confirmed(many, tmp_path):
 def test_two_runs_in_one_folder(many, tmp_path):
     out = tmp_path / "out"
     out.mkdir()
-    with locked(out): assert "another process is at work" in message(lambda: write(many / "coco", out))
+    with folder_lock(out): assert "another process is at work" in message(lambda: write(many / "coco", out))
     write(many / "coco", out)
     assert contents(out) == contents(many / "records")
 
@@ -208,7 +208,7 @@ def test_duplicate_ids_and_absent_images(coco, tmp_path):
     rewrite(coco, lambda document: document["images"].append(document["images"][0]))
     assert "more than once" in message(lambda: write(coco, tmp_path / "twice"))
     scenes = Examples(list(Scenes(2, seed=0, world=World(size=64))) * 2, ("person",))
-    assert "each image id once" in message(lambda: write_records(scenes, "train2017", tmp_path / "three", Storage(image_size=32), workers=1))
+    assert "each image id once" in message(lambda: write_records(scenes, "train2017", tmp_path / "three", RecordConfig(image_size=32), workers=1))
 
 def test_a_picture_that_breaks_between_reading_and_writing(coco, tmp_path, monkeypatch):
     "More than the share: it stops, keeps what is finished, and goes on when told that it may."

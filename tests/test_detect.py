@@ -18,16 +18,16 @@ import numpy as np
 import pytest
 from PIL import Image
 from fcos_lite.detect import __main__ as detect
-from fcos_lite.config import SCRATCH_RECIPE, SOURCE_CAMERA, THRESHOLDS, InputError, Network
+from fcos_lite.config import SCRATCH_RECIPE, CAMERA_NMS, NMS_PRESETS, InputError, ModelConfig
 from fcos_lite.detector.model import FCOS
-from fcos_lite.detect.results import COLUMNS, save_picture
+from fcos_lite.detect.results import CSV_COLUMNS, save_image
 from fcos_lite.scenes.scenes import World, draw_scene
 from fcos_lite.detect.video import Video, VideoWriter
 from fcos_lite.detector.weights import load_weights, save_weights
 
-TINY = Network(image_size=64, stem_filters=8, stem_groups=2, backbone_filters=(8, 8, 8, 8), backbone_blocks=(1, 1, 1, 1), backbone_groups=4,
+TINY = ModelConfig(image_size=64, stem_filters=8, stem_groups=2, backbone_filters=(8, 8, 8, 8), backbone_blocks=(1, 1, 1, 1), backbone_groups=4,
                pyramid_channels=16, pyramid_groups=4, tower_depth=1, tower_channels=16, tower_groups=4)
-ALL = replace(SOURCE_CAMERA, score=0.0, candidates=50)     # an untrained network half believes in everything
+ALL = replace(CAMERA_NMS, score=0.0, candidates=50)     # an untrained network half believes in everything
 
 @pytest.fixture(scope="module")
 def model(): return FCOS(TINY)
@@ -38,7 +38,7 @@ def scene(): return draw_scene(2, World(size=64, min_height=20, max_height=56, e
 @pytest.fixture
 def folder(tmp_path, scene):
     "Three pictures and a film of five frames."
-    for name in ("b.png", "a.png", "c.PNG"): save_picture(tmp_path / name, scene)
+    for name in ("b.png", "a.png", "c.PNG"): save_image(tmp_path / name, scene)
     with VideoWriter(tmp_path / "film.avi", 5) as film:
         for step in range(5): film.write(np.roll(scene, 4 * step, axis=1))
     return tmp_path
@@ -117,8 +117,8 @@ def test_a_list_is_refused_what_does_not_end(model, folder, site):
         with pytest.raises(InputError, match=f"a {word} has too many pictures for a list; write: for result in model.stream"): model.detect(given)
 
 def test_thresholds_by_name_are_the_numbers_of_the_document(model, scene):
-    assert (THRESHOLDS["camera"].iou, THRESHOLDS["camera"].score, THRESHOLDS["evaluation"].iou, THRESHOLDS["evaluation"].score) == (0.3, 0.2, 0.75, 0.05)
-    for name, thresholds in THRESHOLDS.items(): assert model.detect(scene, name).to_json() == model.detect(scene, thresholds).to_json()
+    assert (NMS_PRESETS["camera"].iou, NMS_PRESETS["camera"].score, NMS_PRESETS["evaluation"].iou, NMS_PRESETS["evaluation"].score) == (0.3, 0.2, 0.75, 0.05)
+    for name, thresholds in NMS_PRESETS.items(): assert model.detect(scene, name).to_json() == model.detect(scene, thresholds).to_json()
 
 def test_the_command_writes_what_the_stream_gives(model, run, folder, tmp_path, capsys):
     out = tmp_path / "out"
@@ -134,13 +134,13 @@ def test_the_command_writes_what_the_stream_gives(model, run, folder, tmp_path, 
     assert (film.count, film.fps, film.width, film.height) == (5, 5.0, 64, 48)
     rows = list(csv.DictReader((out / "detections.csv").open()))
     coco = json.loads((out / "coco_results.json").read_text())
-    assert tuple(rows[0]) == COLUMNS and len(rows) == len(coco) == boxes == len(list((out / "crops").iterdir()))
+    assert tuple(rows[0]) == CSV_COLUMNS and len(rows) == len(coco) == boxes == len(list((out / "crops").iterdir()))
     images = json.loads((out / "coco_images.json").read_text())
     assert len(images) == len(results) and {row["image_id"] for row in coco} <= {image["id"] for image in images}
     assert f"{boxes} found in 4 of 4 sources" in capsys.readouterr().out
 
 def test_pictures_named_as_coco_names_them_keep_their_ids(model, scene, tmp_path):
-    for number in (139, 285): save_picture(tmp_path / f"{number:012d}.png", scene)
+    for number in (139, 285): save_image(tmp_path / f"{number:012d}.png", scene)
     command(model, tmp_path, "--out", tmp_path / "out", "--score", "0", "--also", "coco")
     assert [image["id"] for image in json.loads((tmp_path / "out" / "coco_images.json").read_text())] == [139, 285]
 
@@ -176,7 +176,7 @@ def test_a_long_film_holds_no_more_than_a_short_one(model, scene, tmp_path):
         with VideoWriter(tmp_path / f"{count}.avi") as film:
             for step in range(count): film.write(np.roll(scene, step, axis=1))
         tracemalloc.start()
-        with detect.Recorder(tmp_path / f"out{count}", ("csv",)) as recorder:
+        with detect.ResultWriter(tmp_path / f"out{count}", ("csv",)) as recorder:
             for result in model.stream(tmp_path / f"{count}.avi"): recorder.add(result, result.draw())
         peak = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()

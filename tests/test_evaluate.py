@@ -10,9 +10,9 @@ import pytest
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from fcos_lite.config import SOURCE
+from fcos_lite.config import REFERENCE
 from fcos_lite.data.images import Example, Letterbox
-from fcos_lite.evaluate.metrics import best_cut, coco_evaluation, outcomes, pretend, ranking, source_map75
+from fcos_lite.evaluate.metrics import best_f1_threshold, coco_evaluation, outcomes, perturbed_ground_truth, ranked_matches, source_map75
 from fcos_lite.detector.nms import Detections
 from fcos_lite.scenes.scenes import Scenes, World
 
@@ -110,8 +110,8 @@ def brute_force(examples, found, iou=0.5):
 def test_the_best_cut_is_the_best():
     for seed in range(25):
         examples, found = random_set(seed)
-        score, right, people = ranking(coco_evaluation(examples, found, ["person"])[1], 0)
-        threshold, f1 = best_cut(score, right, people)
+        score, right, people = ranked_matches(coco_evaluation(examples, found, ["person"])[1], 0)
+        threshold, f1 = best_f1_threshold(score, right, people)
         assert f1 == pytest.approx(brute_force(examples, found)), seed
         if f1:
             kept = score > threshold
@@ -163,7 +163,7 @@ def test_truth_as_prediction_is_perfect_through_any_square(names, size):
 
 def test_image_ids_need_not_differ():
     scenes = list(Scenes(20, seed=5, world=World(size=96)))
-    found = pretend(scenes)
+    found = perturbed_ground_truth(scenes)
     same = [replace(e, image_id=1) for e in scenes]
     assert coco_evaluation(scenes, found, ["person"])[0] == coco_evaluation(same, found, ["person"])[0]
 
@@ -174,7 +174,7 @@ def run(tmp_path_factory):
     from fcos_lite.detector.weights import save_weights
     folder = tmp_path_factory.mktemp("runs") / "first"
     folder.mkdir()
-    network = replace(SOURCE, image_size=64, backbone_blocks=(1, 1, 1, 1), tower_depth=1)
+    network = replace(REFERENCE, image_size=64, backbone_blocks=(1, 1, 1, 1), tower_depth=1)
     save_weights(FCOS(network), folder / "best.weights.h5")
     (folder / "config.json").write_text(json.dumps({"network": asdict(network)}))
     return folder
@@ -227,7 +227,7 @@ def test_validation_losses_do_not_depend_on_the_batches(weighting, normalizer):
     from fcos_lite.config import SCRATCH_RECIPE
     from fcos_lite.evaluate.evaluator import predict
     from fcos_lite.detector.model import FCOS
-    model = FCOS(replace(SOURCE, image_size=64, strides=(16, 32), stem_filters=8, stem_groups=2, backbone_filters=(8, 8, 8, 8), backbone_blocks=(1, 1, 1, 1), backbone_groups=4, pyramid_channels=16,
+    model = FCOS(replace(REFERENCE, image_size=64, strides=(16, 32), stem_filters=8, stem_groups=2, backbone_filters=(8, 8, 8, 8), backbone_blocks=(1, 1, 1, 1), backbone_groups=4, pyramid_channels=16,
                          pyramid_groups=4, tower_depth=1, tower_channels=16, tower_groups=4), replace(SCRATCH_RECIPE, level_areas=(1024,), ltrb_weighting=weighting, centerness_normalizer=normalizer, centerness_weight=0.5))
     people = list(Scenes(4, 0, World(size=64, min_height=30, max_height=60, empty_share=0.0)))
     empty = [replace(scene, boxes=scene.boxes[:0], labels=scene.labels[:0], areas=None) for scene in people]

@@ -8,26 +8,26 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
-from fcos_lite.config import COCO_EVALUATION, SOURCE_CAMERA, InputError, Network
+from fcos_lite.config import COCO_NMS, CAMERA_NMS, InputError, ModelConfig
 from fcos_lite.export.__main__ import compare, export, load_at, main, representative, shrink
-from fcos_lite.export.runtime import FORMATS, PAGE, Exported, difference, read_page
+from fcos_lite.export.runtime import FORMATS, MANIFEST_NAME, ExportedDetector, difference, read_manifest
 from fcos_lite.data.images import Letterbox
 from fcos_lite.scenes.scenes import Scenes, World
 
 ROOT = Path(__file__).resolve().parents[1]
 SIZE = 64
-TINY = Network(image_size=SIZE, stem_filters=8, stem_groups=2, backbone_filters=(8, 8, 8, 8), backbone_blocks=(1, 1, 1, 1), backbone_groups=4, pyramid_channels=16, pyramid_groups=4,
+TINY = ModelConfig(image_size=SIZE, stem_filters=8, stem_groups=2, backbone_filters=(8, 8, 8, 8), backbone_blocks=(1, 1, 1, 1), backbone_groups=4, pyramid_channels=16, pyramid_groups=4,
                strides=(4, 8), tower_depth=1, tower_channels=16, tower_groups=4, class_names=("person", "dog"), ltrb_bias=0.0, scale_start=1.0)
-LIMITS = replace(SOURCE_CAMERA, score=0.25, candidates=100)
+LIMITS = replace(CAMERA_NMS, score=0.25, candidates=100)
 
 @pytest.fixture(scope="module")
 def model():
     "A network that never learned, but is opinionated: its scores lie far apart, so that an order and a threshold mean something."
-    from fcos_lite.detector.backbone import draw_kernels
+    from fcos_lite.detector.backbone import reinitialize_kernels
     from fcos_lite.detector.model import FCOS
     model = FCOS(TINY)
     h = model.heads
-    draw_kernels([*model.fpn.layers, *h.cls_tower.layers, *h.reg_tower.layers, h.classes, h.distances, h.centers], 0)     # the same in every run
+    reinitialize_kernels([*model.fpn.layers, *h.cls_tower.layers, *h.reg_tower.layers, h.classes, h.distances, h.centers], 0)     # the same in every run
     for part in (h.classes, h.distances, h.centers): part.kernel.assign(20 * part.kernel)
     for part in (h.classes, h.centers): part.bias.assign(np.full(part.bias.shape, -0.5))
     return model
@@ -98,8 +98,8 @@ def test_the_table_is_filled_from_the_top(written, squares):
         assert set(found["labels"][:count]) <= {0, 1}
 
 def test_more_boxes_than_rows_gives_the_best(model, squares):
-    from fcos_lite.export.graph import Boxes
-    many, few = Boxes(model, LIMITS, 100)(squares[:4]), Boxes(model, LIMITS, 3)(squares[:4])
+    from fcos_lite.export.graph import ExportModule
+    many, few = ExportModule(model, LIMITS, 100)(squares[:4]), ExportModule(model, LIMITS, 3)(squares[:4])
     assert (np.array(many["count"]) > 3).any()
     for name in ("boxes", "scores", "labels"): np.testing.assert_array_equal(np.array(few[name]), np.array(many[name])[:, :3])
     np.testing.assert_array_equal(np.array(few["count"]), np.minimum(many["count"], 3))
@@ -116,7 +116,7 @@ def test_difference_sees_what_it_should():
 
 def test_the_page_says_what_the_graph_takes_and_gives(written, squares):
     exported, _, folder = written("litert")
-    page = json.loads((folder / PAGE).read_text())
+    page = json.loads((folder / MANIFEST_NAME).read_text())
     assert (page["image_size"], page["class_names"], page["thresholds"]["iou"]) == (SIZE, ["person", "dog"], 0.3)
     found = exported(squares[:1])
     assert {name: list(value.shape) for name, value in found.items()} == {name: output["shape"] for name, output in page["outputs"].items()}
@@ -132,12 +132,12 @@ def test_a_damaged_folder_is_refused(written, tmp_path):
     data = bytearray((folder / "model.tflite").read_bytes())
     data[len(data) // 2] ^= 1
     (copied(folder, tmp_path / "flipped") / "model.tflite").write_bytes(data)
-    with pytest.raises(InputError, match="damaged or exchanged"): Exported(tmp_path / "flipped")
+    with pytest.raises(InputError, match="damaged or exchanged"): ExportedDetector(tmp_path / "flipped")
     (copied(folder, tmp_path / "gone") / "model.tflite").unlink()
-    with pytest.raises(InputError, match="missing"): Exported(tmp_path / "gone")
-    (copied(folder, tmp_path / "page") / PAGE).write_text("{")
-    with pytest.raises(InputError, match="not readable"): Exported(tmp_path / "page")
-    with pytest.raises(InputError, match="no model.json"): Exported(tmp_path)
+    with pytest.raises(InputError, match="missing"): ExportedDetector(tmp_path / "gone")
+    (copied(folder, tmp_path / "page") / MANIFEST_NAME).write_text("{")
+    with pytest.raises(InputError, match="not readable"): ExportedDetector(tmp_path / "page")
+    with pytest.raises(InputError, match="no model.json"): ExportedDetector(tmp_path)
 
 def test_bad_wishes_are_refused_and_leave_nothing(model, squares, tmp_path):
     for wish, says in (({"format": "caffe"}, "choose one of"), ({"format": "onnx", "precision": "float16"}, "tensorrt.sh"), ({"format": "saved_model", "precision": "int8"}, "comes in float32"),
@@ -199,10 +199,10 @@ def test_the_command_from_weights_to_checked_boxes(tmp_path, capsys):
     command = ["--weights", "person", "--image-size", "64", "--precision", "int8", "--representative", "4", "--candidates", "100", "--out", str(tmp_path / "small")]
     main(command)
     assert "against Keras" in capsys.readouterr().out and len(list(tmp_path.iterdir())) == 1
-    assert read_page(tmp_path / "small")["weights"]["sha256"] in (ROOT / "weights/person.weights.h5.sha256").read_text()
+    assert read_manifest(tmp_path / "small")["weights"]["sha256"] in (ROOT / "weights/person.weights.h5.sha256").read_text()
     with pytest.raises(InputError, match="add --force"): main(command)
     main([*command, "--force", "--no-nms"])
-    assert set(read_page(tmp_path / "small")["outputs"]) == {"boxes", "scores"}
+    assert set(read_manifest(tmp_path / "small")["outputs"]) == {"boxes", "scores"}
 
 @pytest.mark.slow
 def test_the_shipped_detector_at_its_size_on_fifty_scenes(tmp_path):
@@ -218,7 +218,7 @@ def test_the_shipped_detector_at_its_size_on_fifty_scenes(tmp_path):
         for precision in kinds:
             if precision != "float32": exported = shrink(tmp_path / f"{format}-float32", tmp_path / f"{format}-{precision}", precision, learned)
             else:
-                exported, boxes = export(model, tmp_path / f"{format}-{precision}", format, thresholds=COCO_EVALUATION, weights=weights)
+                exported, boxes = export(model, tmp_path / f"{format}-{precision}", format, thresholds=COCO_NMS, weights=weights)
                 apart = compare(exported, boxes, squares)
                 assert apart["boxes"] < 0.5 and apart["scores"] < 1e-3 and apart["alone"] < 2e-3, (format, apart)
             tables = [exported(square[None]) for square in squares]

@@ -9,13 +9,13 @@ from pathlib import Path
 import keras
 import numpy as np
 import pytest
-from fcos_lite.config import SCRATCH_RECIPE, SOURCE, InputError, Network
-from fcos_lite.train.finetuning import freeze, layers_of, start_from
+from fcos_lite.config import SCRATCH_RECIPE, REFERENCE, InputError, ModelConfig
+from fcos_lite.train.finetuning import freeze, component_layers, transfer_weights
 from fcos_lite.detector.model import FCOS
-from fcos_lite.train.trainer import build, compile_for_training
+from fcos_lite.train.trainer import build_model, compile_for_training
 from fcos_lite.detector.weights import load_weights, save_weights
 
-TINY = Network(image_size=32, class_names=("person", "dog"), strides=(8, 16), stem_filters=8, stem_groups=2, backbone_filters=(8, 8, 8, 8), backbone_blocks=(1, 1, 1, 1), backbone_groups=4,
+TINY = ModelConfig(image_size=32, class_names=("person", "dog"), strides=(8, 16), stem_filters=8, stem_groups=2, backbone_filters=(8, 8, 8, 8), backbone_blocks=(1, 1, 1, 1), backbone_groups=4,
                pyramid_channels=16, pyramid_groups=4, tower_depth=1, tower_channels=16, tower_groups=4)
 RECIPE = replace(SCRATCH_RECIPE, level_areas=(65536,), center_radius=None, batch_size=2, warmup_steps=1, peak_rate=1e-2, final_rate=1e-2, weight_decay=0.5, decay="all")
 BATCH = {"image": np.random.default_rng(0).integers(0, 256, (2, 32, 32, 3)).astype("uint8"), "boxes": np.float32([[[4, 4, 20, 28], [16, 8, 30, 30]]] * 2), "labels": np.int32([[0, 1], [1, 0]])}
@@ -24,14 +24,14 @@ FROZEN = [("fpn",), ("backbone", "heads"), ()]
 def life(parts, accumulate=1, precision="float32"):
     "Arrays before and after four steps; those of the frozen parts by their places; how many the optimizer knows; the parameters that learned."
     keras.utils.set_random_seed(0)
-    model = build(TINY, replace(RECIPE, accumulate=accumulate), precision=precision)
+    model = build_model(TINY, replace(RECIPE, accumulate=accumulate), precision=precision)
     for array in model.weights: array.assign_add(np.random.default_rng(len(array.shape)).normal(0, 0.05, array.shape))   # a zero cannot decay
     before, place = model.get_weights(), {id(array): i for i, array in enumerate(model.weights)}
     learning = freeze(model, parts)
     compile_for_training(model, 4)
     for _ in range(4): model.train_on_batch(BATCH)
     if keras.backend.backend() == "jax": model.jax_state_sync()
-    frozen = sorted(place[id(array)] for part in parts for layer in layers_of(model, part) for array in layer.weights)
+    frozen = sorted(place[id(array)] for part in parts for layer in component_layers(model, part) for array in layer.weights)
     optimizer = getattr(model.optimizer, "inner_optimizer", model.optimizer)
     return before, model.get_weights(), frozen, len(optimizer._trainable_variables), learning
 
@@ -93,7 +93,7 @@ def test_every_class_that_both_know_says_what_it_said(teacher, names):
     theirs, run = teacher
     model = FCOS(replace(TINY, class_names=names, class_prior=0.02), seed=3)
     for array in model.weights: array.assign(np.full(array.shape, 0.3))    # nothing of what was there may stay
-    start = start_from(model, run)
+    start = transfer_weights(model, run)
     known = {"person", "dog"}
     assert (set(start.kept), set(start.anew), set(start.left)) == (known & set(names), set(names) - known, known - set(names))
     before, after = (m.predict_on_batch(BATCH["image"]) for m in (theirs, model))
@@ -107,7 +107,7 @@ def test_every_class_that_both_know_says_what_it_said(teacher, names):
 def test_equal_classes_are_a_plain_load(teacher):
     plain, started = FCOS(TINY, seed=1), FCOS(TINY, seed=2)
     load_weights(plain, teacher[1])
-    start_from(started, teacher[1])
+    transfer_weights(started, teacher[1])
     for a, b in zip(plain.get_weights(), started.get_weights(), strict=True): np.testing.assert_array_equal(a, b)
 
 @pytest.mark.parametrize(("change", "said"), [({"tower_depth": 2}, "tower_depth is 1 there and 2 here"), ({"centerness_tower": "reg"}, "centerness_tower is cls there and reg here"),
@@ -115,21 +115,21 @@ def test_equal_classes_are_a_plain_load(teacher):
 def test_networks_that_differ_in_more_than_classes_are_refused_untouched(teacher, change, said):
     model = FCOS(replace(TINY, class_names=("cat",), **change))
     before = model.get_weights()
-    with pytest.raises(InputError, match=said) as error: start_from(model, teacher[1])
+    with pytest.raises(InputError, match=said) as error: transfer_weights(model, teacher[1])
     assert "best.weights.h5" in str(error.value) and "class_names" not in str(error.value)
     for a, b in zip(model.get_weights(), before, strict=True): np.testing.assert_array_equal(a, b)
 
 def test_weights_that_nobody_can_explain_are_refused(teacher, tmp_path):
     lonely = tmp_path / "best.weights.h5"
     lonely.write_bytes((teacher[1] / "best.weights.h5").read_bytes())
-    with pytest.raises(InputError, match="no config.json beside it"): start_from(FCOS(replace(TINY, class_names=("cat",))), lonely)
-    start_from(FCOS(TINY), lonely)                  # of these shapes they can be
+    with pytest.raises(InputError, match="no config.json beside it"): transfer_weights(FCOS(replace(TINY, class_names=("cat",))), lonely)
+    transfer_weights(FCOS(TINY), lonely)                  # of these shapes they can be
     lonely.write_bytes(b"once upon a time")
-    with pytest.raises(InputError, match="not a weights file"): start_from(FCOS(TINY), lonely)
+    with pytest.raises(InputError, match="not a weights file"): transfer_weights(FCOS(TINY), lonely)
 
 def test_the_shipped_detector_becomes_one_of_three_classes():
-    model = FCOS(replace(SOURCE, image_size=64, class_names=("dog", "person", "ball")))
-    start = start_from(model, "person")
+    model = FCOS(replace(REFERENCE, image_size=64, class_names=("dog", "person", "ball")))
+    start = transfer_weights(model, "person")
     assert (start.kept, start.anew, start.left, start.arrays) == (("person",), ("dog", "ball"), (), len(model.weights) - 2)
     assert "kept person; made anew dog, ball" in str(start)
 

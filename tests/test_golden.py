@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from fcos_lite import demo
 from fcos_lite.train import __main__ as train
-from fcos_lite.config import SOURCE
+from fcos_lite.config import REFERENCE
 from fcos_lite.evaluate.evaluator import evaluate
 from fcos_lite.detector.model import FCOS
 from fcos_lite.data.datasets import read_dataset
@@ -17,7 +17,7 @@ GOLDEN = json.loads(Path(__file__).with_name("golden.json").read_text(encoding="
 PHOTOGRAPHS = os.environ.get("FCOS_LITE_PHOTOGRAPHS")   # the folder with the 2,276 + 400 photographs that README.md measures on
 
 def test_parameter_counts():
-    model = FCOS(SOURCE)
+    model = FCOS(REFERENCE)
     assert model.fpn.count_params() == GOLDEN["parameters"]["fpn"] == 2_885_024
     assert model.count_params() == GOLDEN["parameters"]["all"] == 3_255_082
 

@@ -13,8 +13,8 @@ def equal(a, b):
     for x, y in zip(a, b, strict=True): np.testing.assert_array_equal(x, y)
 
 def tiny():
-    from fcos_lite.config import SCRATCH_RECIPE, Network
-    network = Network(image_size=32, strides=(8, 16), stem_filters=8, stem_groups=2, backbone_filters=(8, 8, 8, 8), backbone_blocks=(1, 1, 1, 1), backbone_groups=4,
+    from fcos_lite.config import SCRATCH_RECIPE, ModelConfig
+    network = ModelConfig(image_size=32, strides=(8, 16), stem_filters=8, stem_groups=2, backbone_filters=(8, 8, 8, 8), backbone_blocks=(1, 1, 1, 1), backbone_groups=4,
                       pyramid_channels=16, pyramid_groups=4, tower_depth=1, tower_channels=16, tower_groups=4)
     return network, replace(SCRATCH_RECIPE, level_areas=(65536,), center_radius=None, batch_size=2, noise=0.1, epochs=1)
 
@@ -35,9 +35,9 @@ def bad_batches(odd, examples=16):
 LENGTH, WAITS, AVERAGE = 14, 3, 0.4           # micro-batches of an epoch, of which the fifth overflows; in one update; the share kept
 
 def follow(interrupted):
-    "A line learned in float16's way: the trained model, its weights at first and after each update, and what `averaged` lent."
+    "A line learned in float16's way: the trained model, its weights at first and after each update, and what `ema_weights` lent."
     import keras
-    from fcos_lite.train.optimizer import averaged, make_optimizer
+    from fcos_lite.train.optimizer import ema_weights, make_optimizer
     keras.utils.set_random_seed(0)
     model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(1)])
     model.compile(make_optimizer(0.05, 0.1, 1.0, WAITS, scale_loss=True, average=AVERAGE), loss="mse")
@@ -47,7 +47,7 @@ def follow(interrupted):
     y[9] = np.inf
     path, lent = [model.get_weights()], []
     def lend(evaluate):
-        with averaged(model):
+        with ema_weights(model):
             lent.append((len(path), model.get_weights()))
             if evaluate: model.evaluate(x[:4], y[:4], verbose=0)
     class Look(keras.callbacks.Callback):
@@ -57,7 +57,7 @@ def follow(interrupted):
             if batch == 7: lend(evaluate=False)
         def on_epoch_end(self, epoch, logs=None):
             lend(evaluate=True)
-            with pytest.raises(RuntimeError), averaged(model): raise RuntimeError("evaluation failed")
+            with pytest.raises(RuntimeError), ema_weights(model): raise RuntimeError("evaluation failed")
     model.fit(x, y, batch_size=2, epochs=2, shuffle=False, verbose=0, callbacks=[Look()] if interrupted else [])
     return model, path, lent
 
@@ -87,8 +87,8 @@ def check_memory():
     import keras
     from fcos_lite.config import InputError
     from fcos_lite.train.nan_guard import explain_memory
-    from fcos_lite.train.trainer import build
-    model = build(*tiny(), precision="float32")
+    from fcos_lite.train.trainer import build_model
+    model = build_model(*tiny(), precision="float32")
     with pytest.raises(InputError, match="out of memory(?s:.)*--batch-size 1 --accumulate") as caught:
         with explain_memory(model): keras.ops.ones((2**20, 2**20, 64), "float32")
     assert "--precision mixed_bfloat16" in str(caught.value)
@@ -108,8 +108,8 @@ def test_on_jax():
 def test_evaluation_is_left_alone():
     "After a loss that is no number training stands still; a test step gives the loss as it is, and counts nothing."
     from fcos_lite.train.optimizer import make_optimizer
-    from fcos_lite.train.trainer import build
-    model, batches = build(*tiny(), precision="float32"), bad_batches(odd=1)
+    from fcos_lite.train.trainer import build_model
+    model, batches = build_model(*tiny(), precision="float32"), bad_batches(odd=1)
     model.compile(make_optimizer(1e-3, 0.05, 10.0, 2), run_eagerly=True)
     model.train_on_batch(batches[0])
     before = model.get_weights() + [v.numpy() for v in model.optimizer.variables[:-1]]
@@ -127,9 +127,9 @@ def test_a_bad_batch_is_found_after_a_resume(tmp_path):
     "A run dies between the bad batch and the guard's look; whoever goes on is told of the same batch, with the weights before it."
     import keras
     from fcos_lite.train.checkpoint import Checkpoint
-    from fcos_lite.train.nan_guard import Broken, Guard, replay
+    from fcos_lite.train.nan_guard import NonFiniteLossError, NonFiniteGuard, replay
     from fcos_lite.train.optimizer import make_optimizer
-    from fcos_lite.train.trainer import build
+    from fcos_lite.train.trainer import build_model
     before = []
     class Watch(keras.callbacks.Callback):
         def __init__(self, dies): super().__init__(); self.dies, self.seen = dies, 0
@@ -139,14 +139,14 @@ def test_a_bad_batch_is_found_after_a_resume(tmp_path):
             if self.dies and self.seen == 7: raise OSError("the power is gone")
     def run(dies):
         keras.utils.set_random_seed(1)
-        model, batches = build(*tiny(), precision="float32"), bad_batches(odd=4)
+        model, batches = build_model(*tiny(), precision="float32"), bad_batches(odd=4)
         model.compile(make_optimizer(1e-3, 0.05, 10.0, 3, average=0.9), jit_compile=False, run_eagerly=True)   # nine steps are done before two graphs are made
         model.optimizer.build(model.trainable_variables)
         checkpoint = Checkpoint(tmp_path, model, batches, {"run": {"seed": 1}}, every_steps=2, say=lambda line: None)
-        checkpoint.fit(1, [Guard(tmp_path, batches), Watch(dies)], verbose=0)
+        checkpoint.fit(1, [NonFiniteGuard(tmp_path, batches), Watch(dies)], verbose=0)
     with pytest.raises(OSError): run(dies=True)
     assert len(before) == 7
-    with pytest.raises(Broken, match="epoch 1, batch 5 of 8: the loss is no number") as caught: run(dies=False)
+    with pytest.raises(NonFiniteLossError, match="epoch 1, batch 5 of 8: the loss is no number") as caught: run(dies=False)
     assert len(before) == 7 + 2                                                    # it went on after the sixth
     equal(before[-1], before[4])                                                   # and nothing moved
     with np.load(caught.value.folder / "batch.npz") as file: ids = file["image_id"]

@@ -9,11 +9,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fcos_lite.config import COCO_EVALUATION, SCRATCH_RECIPE, SOURCE, SOURCE_RECIPE
+from fcos_lite.config import COCO_NMS, SCRATCH_RECIPE, REFERENCE, REFERENCE_RECIPE
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("jax") is None, reason="JAX is not installed")
-NETWORK = replace(SOURCE, image_size=64)
-RECIPES = {"source": SOURCE_RECIPE, "scratch": SCRATCH_RECIPE, "farthest": replace(SCRATCH_RECIPE, level_rule="max_distance")}
+NETWORK = replace(REFERENCE, image_size=64)
+RECIPES = {"source": REFERENCE_RECIPE, "scratch": SCRATCH_RECIPE, "farthest": replace(SCRATCH_RECIPE, level_rule="max_distance")}
 BATCH = {"boxes": np.float32([[[10, 8, 40, 60], [30, 20, 44, 50], [0, 40, 63, 63], [0, 0, 0, 0]], [[1, 2, 62, 63], [50, 50, 54, 58], [0, 0, 0, 0], [0, 0, 0, 0]]]),
          "labels": np.int32([[0, 0, -2, -1], [0, 0, -1, -1]])}
 
@@ -38,7 +38,7 @@ def compute(inputs, fit=False):
     boxes, scores = whole(lambda *maps: decode(dict(zip(outputs, maps)), NETWORK.image_size, NETWORK.strides), *outputs.values())
     values |= {"decoded_boxes": np.array(boxes), "decoded_scores": np.array(scores)}
     if "boxes" in inputs: boxes, scores = inputs["boxes"], inputs["scores"]    # NMS compares scores, and one bit can change an order: the same ones for both
-    t = COCO_EVALUATION
+    t = COCO_NMS
     found = whole(lambda boxes, scores: nms(boxes, scores, t.iou, t.score, t.max_per_class, 200), keras.ops.convert_to_tensor(boxes), keras.ops.convert_to_tensor(scores))
     values |= {f"found_{name}": np.array(value) for name, value in found.items()}
     if fit:
@@ -52,7 +52,7 @@ def compute(inputs, fit=False):
         history = model.fit(Twice(), epochs=1, verbose=0).history
         values |= {f"fit_{name}": np.float32(value) for name, value in history.items()}
         values["fit_changed"] = np.mean([(a != b).any() for a, b in zip(before, model.get_weights())])
-        report = Evaluator(model, (COCO_EVALUATION,)).predict_on_batch({**batch, "real": np.array([True, True])})
+        report = Evaluator(model, (COCO_NMS,)).predict_on_batch({**batch, "real": np.array([True, True])})
         values["fit_evaluated"] = np.array(report["losses"]["loss"])
     return values
 

@@ -42,13 +42,13 @@ def test_the_same_seed_gives_the_same_curve_bit_for_bit(tmp_path):
 
 def test_another_seed_is_another_network_with_other_pictures_in_another_order():
     from fcos_lite.data.batches import epoch_order
-    from fcos_lite.config import SCRATCH_RECIPE, SOURCE
-    from fcos_lite.train.trainer import be_deterministic, build
-    network = replace(SOURCE, image_size=64, stem_filters=8, stem_groups=2, backbone_filters=(8,) * 4, backbone_blocks=(1,) * 4, backbone_groups=4, pyramid_channels=16, pyramid_groups=4, tower_depth=1, tower_channels=16, tower_groups=4)
+    from fcos_lite.config import SCRATCH_RECIPE, REFERENCE
+    from fcos_lite.train.trainer import set_deterministic, build_model
+    network = replace(REFERENCE, image_size=64, stem_filters=8, stem_groups=2, backbone_filters=(8,) * 4, backbone_blocks=(1,) * 4, backbone_groups=4, pyramid_channels=16, pyramid_groups=4, tower_depth=1, tower_channels=16, tower_groups=4)
     found = []
     for seed in (3, 3, 4):
-        be_deterministic(seed)
-        found.append([np.array(w) for w in build(network, SCRATCH_RECIPE, seed=seed).fpn.trainable_variables])
+        set_deterministic(seed)
+        found.append([np.array(w) for w in build_model(network, SCRATCH_RECIPE, seed=seed).fpn.trainable_variables])
     moved = [[not np.array_equal(a, b) for a, b in zip(found[0], other)] for other in found[1:]]
     assert not any(moved[0]) and sum(moved[1]) >= 10        # gains and biases begin alike
     assert epoch_order(16, 3, 0).tolist() == epoch_order(16, 3, 0).tolist() != epoch_order(16, 4, 0).tolist()
@@ -100,13 +100,13 @@ def learn_by_heart(examples, class_names, image_size, steps, seed=0):
     "The figures of the source network on the very examples that it has learned from."
     import keras
     from fcos_lite.data.batches import Batches
-    from fcos_lite.config import SCRATCH_RECIPE, SOURCE
+    from fcos_lite.config import SCRATCH_RECIPE, REFERENCE
     from fcos_lite.evaluate.evaluator import coco_evaluation, predict
     from fcos_lite.detector.model import FCOS
     from fcos_lite.train.trainer import compile_for_training
     keras.utils.set_random_seed(seed)
     recipe = replace(SCRATCH_RECIPE, batch_size=len(examples), flip=0.0, brightness=0.0, noise=0.0, zoom=(1, 1), weight_decay=0.0, warmup_steps=20)
-    model = FCOS(replace(SOURCE, image_size=image_size, class_names=class_names), recipe)
+    model = FCOS(replace(REFERENCE, image_size=image_size, class_names=class_names), recipe)
     compile_for_training(model, steps)
     batch = Batches(examples, len(examples), image_size)[0]
     for _ in range(steps): model.train_on_batch(batch)
@@ -137,7 +137,7 @@ def test_a_plain_install_into_an_empty_environment(tmp_path):
     python = tmp_path / "venv" / "bin" / "python"
     subprocess.run([python, "-m", "pip", "install", "--quiet", root], check=True)
     assert subprocess.run([python, "-c", "import nbdev"], capture_output=True).returncode != 0
-    check = "from fcos_lite import FCOS; from fcos_lite.config import SOURCE; assert FCOS(SOURCE).count_params() == 3255082"
+    check = "from fcos_lite import FCOS; from fcos_lite.config import REFERENCE; assert FCOS(REFERENCE).count_params() == 3255082"
     subprocess.run([python, "-c", check], check=True, cwd=tmp_path)
     shipped = "from fcos_lite import FCOS; import numpy as np; print(FCOS.from_preset('person').detect(np.zeros((40, 60, 3), 'uint8')))"
     subprocess.run([python, "-c", shipped], check=True, cwd=tmp_path)

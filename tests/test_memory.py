@@ -26,18 +26,18 @@ class Keeper(keras.callbacks.Callback):
 
 def train(folder, kind):
     "A run in a process of its own; says how much more it holds after all steps than after 200."
-    from fcos_lite.config import SCRATCH_RECIPE, Network
+    from fcos_lite.config import SCRATCH_RECIPE, ModelConfig
     from fcos_lite.train.memory import Footprint
-    from fcos_lite.train.callbacks import Report
+    from fcos_lite.train.callbacks import EpochLogger
     from fcos_lite.train.run import Run
-    from fcos_lite.train.trainer import build, compile_for_training
-    network = Network(image_size=32, strides=(16, 32), stem_filters=8, stem_groups=2, backbone_filters=(8, 8, 8, 8), backbone_blocks=(1, 1, 1, 1), backbone_groups=4,
+    from fcos_lite.train.trainer import build_model, compile_for_training
+    network = ModelConfig(image_size=32, strides=(16, 32), stem_filters=8, stem_groups=2, backbone_filters=(8, 8, 8, 8), backbone_blocks=(1, 1, 1, 1), backbone_groups=4,
                       pyramid_channels=16, pyramid_groups=4, tower_depth=1, tower_channels=16, tower_groups=4)
     recipe, world = replace(SCRATCH_RECIPE, level_areas=(256,), batch_size=2, accumulate=2), World(size=32, min_height=10, max_height=30, max_people=2)
     batches = Batches(list(Scenes(2 * EPOCH, 1, world)), 2, 32, shuffle_seed=0, drop_last=True)
-    model = build(network, recipe)
+    model = build_model(network, recipe)
     compile_for_training(model, STEPS)
-    report = Report(Run.create(Path(folder) / "run"), list(Scenes(8, 2, world)), recipe, [STEPS])     # validates after every epoch
+    report = EpochLogger(Run.create(Path(folder) / "run"), list(Scenes(8, 2, world)), recipe, [STEPS])     # validates after every epoch
     footprint = Footprint()
     with contextlib.redirect_stdout(io.StringIO()):
         model.fit(batches, epochs=STEPS // EPOCH, shuffle=False, verbose=0, callbacks=[*{"alone": [], "report": [report], "keeper": [Keeper()]}[kind], footprint])

@@ -8,15 +8,15 @@ PROGRAM = """
 import sys
 import keras, numpy as np
 from dataclasses import replace
-from fcos_lite.config import SCRATCH_RECIPE, SOURCE
+from fcos_lite.config import SCRATCH_RECIPE, REFERENCE
 keras.config.set_dtype_policy(sys.argv[1])
 from fcos_lite.evaluate.evaluator import Evaluator
-from fcos_lite.config import COCO_EVALUATION
+from fcos_lite.config import COCO_NMS
 from fcos_lite.detector.model import FCOS
 
 boxes = np.float32([[[301.7, 77.3, 417.2, 509.4], [0, 0, 0, 0]], [[11.3, 20.9, 350.1, 401.6], [260.3, 300.1, 290.7, 399.9]]])
 batch = {"image": np.random.default_rng(0).integers(0, 256, (2, 512, 512, 3)).astype("uint8"), "boxes": boxes, "labels": np.int32([[0, -1], [0, 0]])}
-network = replace(SOURCE, stem_filters=8, stem_groups=2, backbone_filters=(8, 8, 8, 8), backbone_blocks=(1, 1, 1, 1), backbone_groups=4, pyramid_channels=16, pyramid_groups=4,
+network = replace(REFERENCE, stem_filters=8, stem_groups=2, backbone_filters=(8, 8, 8, 8), backbone_blocks=(1, 1, 1, 1), backbone_groups=4, pyramid_channels=16, pyramid_groups=4,
                   tower_depth=1, tower_channels=16, tower_groups=4)   # at the full 512 pixels: 301.7 is no number of 16 bits
 model = FCOS(network, replace(SCRATCH_RECIPE, flip=0.0, zoom=(1, 1)))
 assert model.fpn.layers[-1].compute_dtype == sys.argv[1].removeprefix("mixed_"), "the policy does not reach the pyramid"
@@ -32,7 +32,7 @@ model.compile(optimizer=keras.optimizers.SGD(1e-3), run_eagerly=True)
 report = model.train_on_batch(batch, return_dict=True)
 nobody = model.train_on_batch({**batch, "labels": np.full((2, 2), -1, "int32")}, return_dict=True)
 assert all(np.isfinite(value) for value in nobody.values()), nobody
-Evaluator(model, (COCO_EVALUATION,))({**batch, "real": np.array([True, True])})
+Evaluator(model, (COCO_NMS,))({**batch, "real": np.array([True, True])})
 assert all(np.isfinite(value) for value in report.values()), report
 assert all(np.isfinite(a).all() for a in model.get_weights())
 assert len(arrived) == 3
@@ -49,6 +49,6 @@ def test_boxes_reach_the_loss_unrounded(policy):
 
 def test_nothing_is_left_to_be_built():
     "Else `fit` on JAX looks at a batch before the first epoch, `Batches` counts an epoch too many, and a resumed run is another run."
-    from fcos_lite.config import Network
+    from fcos_lite.config import ModelConfig
     from fcos_lite.detector.model import FCOS
-    assert not [layer.name for layer in FCOS(Network(image_size=64))._flatten_layers() if not layer.built]
+    assert not [layer.name for layer in FCOS(ModelConfig(image_size=64))._flatten_layers() if not layer.built]

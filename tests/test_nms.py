@@ -153,7 +153,7 @@ def test_jax_gives_the_same(tmp_path):
 def test_the_short_way_is_the_long_way(alive, monkeypatch):
     "None above the limit, few, as many as fit, one more, all: the same boxes, and nearly all of them, whether two hundred or a thousand candidates are judged."
     from fcos_lite.detector import nms as module
-    assert module.FEW == 200
+    assert module.FAST_PATH == 200
     rng = np.random.default_rng(0)
     corner = rng.uniform(0, 2000, (2, 900, 2))
     boxes = np.concatenate([corner, corner + rng.uniform(5, 60, corner.shape)], -1).astype("float32")
@@ -162,7 +162,7 @@ def test_the_short_way_is_the_long_way(alive, monkeypatch):
     limit = np.float32(0) if alive == 1000 else np.sort(scores[0].ravel())[::-1][alive]
     found = {}
     for few in (200, 10_000):
-        monkeypatch.setattr(module, "FEW", few)
+        monkeypatch.setattr(module, "FAST_PATH", few)
         found[few] = {name: np.array(value) for name, value in module.nms(boxes, scores, 0.5, limit, 2000, 1000).items()}
     for name in found[200]: np.testing.assert_array_equal(found[200][name], found[10_000][name], err_msg=name)
     kept = found[200]["kept"].sum(1)

@@ -15,14 +15,14 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from fcos_lite.data.report import pictures_in
+from fcos_lite.data.report import find_images
 from fcos_lite.config import InputError
-from fcos_lite.data.yolo import LEAN, as_voc, as_yolo, half_box, lean, parse_xml, voc_row, yolo_row
+from fcos_lite.data.yolo import LEAN, to_voc, to_yolo, detect_half_box_shift, overshoot_bias, parse_xml, voc_row, yolo_row
 from fcos_lite.data.coco import Examples, read_coco, write_coco
 from fcos_lite.data.images import Example
 from fcos_lite.data.datasets import LAYOUTS, read_dataset
 from fcos_lite.scenes.scenes import Scenes, World
-from fcos_lite.data.splits import check_apart, chunks, count_people, distinct, hold_out
+from fcos_lite.data.splits import require_disjoint, chunks, count_people, deduplicate, hold_out
 from test_bad_input import SKIPS, STOPS, WORLD, clean, coco, message   # the cases of COCO, and their folder
 
 NAMES = ("person", "dog")
@@ -31,14 +31,14 @@ def write_yolo(folder, part, examples, class_names):
     for name in (f"images/{part}", f"labels/{part}"): (folder / name).mkdir(parents=True)
     for example in examples:
         Image.fromarray(example.read()).save(folder / f"images/{part}/{example.image_id:012d}.jpg", quality=95)
-        (folder / f"labels/{part}/{example.image_id:012d}.txt").write_text(as_yolo(example))
+        (folder / f"labels/{part}/{example.image_id:012d}.txt").write_text(to_yolo(example))
     (folder / "data.yaml").write_text(f"path: .\n{part}: images/{part}\nnames: [{', '.join(class_names)}]\n")
 
 def write_voc(folder, part, examples, class_names):
     for name in ("Annotations", "JPEGImages", "ImageSets/Main"): (folder / name).mkdir(parents=True)
     for example in examples:
         Image.fromarray(example.read()).save(folder / f"JPEGImages/{example.image_id:012d}.jpg", quality=95)
-        (folder / f"Annotations/{example.image_id:012d}.xml").write_text(as_voc(example, class_names, f"{example.image_id:012d}.jpg"))
+        (folder / f"Annotations/{example.image_id:012d}.xml").write_text(to_voc(example, class_names, f"{example.image_id:012d}.jpg"))
     (folder / f"ImageSets/Main/{part}.txt").write_text("".join(f"{example.image_id:012d}\n" for example in examples))
 
 WRITERS = {"COCO": write_coco, "YOLO": write_yolo, "VOC": write_voc}
@@ -90,7 +90,7 @@ def test_training_and_packs_take_it_as_it_is(layout, three, scenes, tmp_path, ca
     assert 0 < len(kept_aside) < len(learned)
     same(scenes, [*kept_aside, *learned], 1e-3, crowds=layout != "YOLO")
     packs.main(["--coco", str(three / layout), "--parts", "train", "--class-names", *NAMES, "--out", str(tmp_path / "packs"), "--image-size", "2000"])
-    same(scenes, packs.read_several([tmp_path / "packs/train-000"], "train", NAMES), 1e-3, crowds=layout != "YOLO")
+    same(scenes, packs.read_datasets([tmp_path / "packs/train-000"], "train", NAMES), 1e-3, crowds=layout != "YOLO")
 
 sides = st.integers(16, 5000)
 corner = st.floats(0, 0.9)
@@ -102,8 +102,8 @@ def test_rows_of_both_dialects_come_back(width, height, shares):
     x, y, w, h = np.array(shares).T
     boxes = np.stack([x * width, y * height, np.minimum(x + w, 1) * width, np.minimum(y + h, 1) * height], 1).astype(np.float32)
     example = Example(1, None, boxes, np.zeros(len(boxes), np.int32), width, height)
-    lines = as_yolo(example).splitlines()
-    page = parse_xml(as_voc(example, ("person",), "1.jpg").encode(), "1.xml")
+    lines = to_yolo(example).splitlines()
+    page = parse_xml(to_voc(example, ("person",), "1.jpg").encode(), "1.xml")
     for rows in ([yolo_row(line, width, height, {0: "person"})[1] for line in lines], [voc_row(found)[1] for found in page.findall("object")]):
         found = np.array(rows)
         found[:, 2:] += found[:, :2]
@@ -119,7 +119,7 @@ def test_classes_go_by_name_whatever_their_numbers(numbers, wanted, scenes, thre
     for entry in document["annotations"]: entry["category_id"] = numbers[entry["category_id"] - 1]
     page.write_text(json.dumps(document))
     (three / "YOLO/data.yaml").write_text(f"train: images/train\nnames:\n  {numbers[0]}: person\n  {numbers[1]}: dog\n")
-    for scene in scenes: (three / f"YOLO/labels/train/{scene.image_id:012d}.txt").write_text(as_yolo(replace(scene, labels=np.where(scene.labels < 0, -2, np.array(numbers)[scene.labels]))))
+    for scene in scenes: (three / f"YOLO/labels/train/{scene.image_id:012d}.txt").write_text(to_yolo(replace(scene, labels=np.where(scene.labels < 0, -2, np.array(numbers)[scene.labels]))))
     expected = [[wanted.index(NAMES[label]) for label in scene.labels if label >= 0 and NAMES[label] in wanted] for scene in scenes]
     by_number = tuple(numbers[NAMES.index(name)] for name in wanted)
     for layout in LAYOUTS:
@@ -172,7 +172,7 @@ def test_key_points_and_a_page_among_the_pictures(three, scenes):
 
 def label(folder, number=0): return sorted((folder / "labels/train").iterdir())[number]
 def page(folder, number=0): return sorted((folder / "Annotations").iterdir())[number]
-def picture(folder, number=0): return pictures_in(folder)[number]
+def picture(folder, number=0): return find_images(folder)[number]
 def line(text): return lambda folder: label(folder).write_text(label(folder).read_text() + text + "\n")
 def yaml(text): return lambda folder: (folder / "data.yaml").write_text(text)
 def listing(text): return lambda folder: (folder / "ImageSets/Main/train.txt").write_text(text)
@@ -421,7 +421,7 @@ def test_a_turned_picture_keeps_its_boxes(size, three):
     for layout in ("YOLO", "VOC"): Image.fromarray(np.rot90(upright).copy()).save(picture(three / layout), "JPEG", quality=95, exif=exif)
     label(three / "YOLO").write_text("0 0.5 0.25 1 0.5\n")
     box = np.float32([[0, 0, 40, 32]] if size == (40, 64) else [[0, 0, 32, 40]])
-    page(three / "VOC").write_text(as_voc(Example(1, None, box, np.int32([0]), *size), NAMES, "x.jpg"))
+    page(three / "VOC").write_text(to_voc(Example(1, None, box, np.int32([0]), *size), NAMES, "x.jpg"))
     for layout in ("YOLO", "VOC"):
         example = read_dataset(three / layout, "train", NAMES)[0]
         assert (example.width, example.height) == (40, 64)
@@ -466,16 +466,16 @@ def test_the_half_box_shift_is_named_in_every_layout(layout, halves, taken, many
 def test_boxes_that_only_look_shifted_are_not_named(many):
     boxes = np.concatenate([e.boxes for e in many]) / 64
     sides = boxes[:, 2:] - boxes[:, :2]
-    assert half_box(boxes) is None and half_box(boxes[:0]) is None
+    assert detect_half_box_shift(boxes) is None and detect_half_box_shift(boxes[:0]) is None
     rng = np.random.default_rng(0)
-    assert half_box(boxes + rng.normal(0, 0.1, boxes.shape) * np.tile(sides, 2)) is None, "careless, in all directions"
+    assert detect_half_box_shift(boxes + rng.normal(0, 0.1, boxes.shape) * np.tile(sides, 2)) is None, "careless, in all directions"
     bodies = boxes.copy()
     bodies[:, 3] += np.where(boxes[:, 3] > 0.98, sides[:, 1], 0)
     bodies[:, 2] += np.where(boxes[:, 2] > 0.98, sides[:, 0], 0)
     bodies[:, 0] -= np.where(boxes[:, 0] < 0.02, sides[:, 0], 0)
-    assert (bodies[:, 3] > 1.05).mean() > LEAN and half_box(bodies) is None, "whole bodies, beyond the picture"
+    assert (bodies[:, 3] > 1.05).mean() > LEAN and detect_half_box_shift(bodies) is None, "whole bodies, beyond the picture"
     shifted = boxes + np.tile(sides, 2) / 2
-    assert lean(shifted) > 2 * LEAN and half_box(shifted) and half_box(shifted[:4]) is None, "too few to tell"
+    assert overshoot_bias(shifted) > 2 * LEAN and detect_half_box_shift(shifted) and detect_half_box_shift(shifted[:4]) is None, "too few to tell"
 
 # --- fuzzing
 
@@ -594,12 +594,12 @@ def test_a_part_that_is_held_out_is_a_small_copy_of_the_whole(count, seed):
     assert (np.abs(np.bincount([count_people(e) for e in held], minlength=7) - np.bincount(people) * count / 200) < 1).all()
 
 def test_no_picture_is_in_two_parts_under_another_name(three):
-    for copy, original in (("000000000099.jpg", 0), ("000000000098.jpg", 5)): shutil.copy(pictures_in(three / "YOLO")[original], three / f"YOLO/images/train/{copy}")
+    for copy, original in (("000000000099.jpg", 0), ("000000000098.jpg", 5)): shutil.copy(find_images(three / "YOLO")[original], three / f"YOLO/images/train/{copy}")
     found = read_dataset(three / "YOLO", "train")
     for seed in range(5):
-        kept, copies = distinct(found)
+        kept, copies = deduplicate(found)
         assert sorted((copy.image_id, twin.image_id) for copy, twin in copies) == [(98, 6), (99, 1)] and len(kept) == 12
         held, rest = hold_out(kept, 4, seed)
-        check_apart({"train": rest, "val": held})
+        require_disjoint({"train": rest, "val": held})
     held, rest = hold_out(found, 1)
-    assert "image 99 of train is image 1 of val" in message(lambda: check_apart({"val": held, "train": rest}))
+    assert "image 99 of train is image 1 of val" in message(lambda: require_disjoint({"val": held, "train": rest}))

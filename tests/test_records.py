@@ -20,10 +20,10 @@ from fcos_lite.data import __main__ as data
 from fcos_lite.data.batches import Batches, epoch_order
 from fcos_lite.config import InputError
 from fcos_lite.data.coco import Examples, write_coco
-from fcos_lite.data.records import Storage, crc32c, frame, from_record, masked, read_example, read_shard, to_record, unframe, write_example
+from fcos_lite.data.records import RecordConfig, crc32c, encode_record, decode_example, masked_crc, read_example, read_shard, encode_example, decode_record, write_example
 from fcos_lite.scenes.scenes import Scenes, World
 from fcos_lite.data.tfrecord import load_index, shard_names, verify, write_records
-from fcos_lite.data.streams import RecordBatches, Records, interleaved, stream, stream_order, window_order
+from fcos_lite.data.streams import RecordBatches, Records, interleaved, stream, stream_order, shuffle_window
 
 ROOT = Path(__file__).resolve().parents[1]
 WORLD = World(size=64, min_height=10, max_people=4, empty_share=0.2)
@@ -46,7 +46,7 @@ def scenes():
 def kept(scenes, tmp_path_factory):
     "The same in JPEG and PNG, six in a shard: {format: folder}."
     root = tmp_path_factory.mktemp("kept")
-    for kind in ("jpeg", "png"): write_records(scenes, "train2017", root / kind, Storage(image_size=48, format=kind, shard_pictures=6), workers=1, progress=None)
+    for kind in ("jpeg", "png"): write_records(scenes, "train2017", root / kind, RecordConfig(image_size=48, format=kind, shard_pictures=6), workers=1, progress=None)
     return {kind: root / kind for kind in ("jpeg", "png")}
 
 def equal(one, other):
@@ -67,7 +67,7 @@ def print_of(batches):
 
 @settings(**{**QUIET, "max_examples": 300})
 @given(st.binary(max_size=3000))
-def test_a_frame_gives_back_what_it_holds(data): assert unframe(frame(data), "here") == data
+def test_a_frame_gives_back_what_it_holds(data): assert decode_record(encode_record(data), "here") == data
 
 @settings(**QUIET)
 @given(st.binary(min_size=1, max_size=1500), st.binary(min_size=1, max_size=1500))
@@ -81,7 +81,7 @@ def test_tensorflow_writes_the_same_frames_and_reads_ours(tmp_path):
     rows = [os.urandom(n) for n in (0, 1, 255, 256, 257, 5000, 100_000)]
     with tf.io.TFRecordWriter(str(tmp_path / "theirs")) as writer:
         for row in rows: writer.write(row)
-    assert (tmp_path / "theirs").read_bytes() == b"".join(map(frame, rows))
+    assert (tmp_path / "theirs").read_bytes() == b"".join(map(encode_record, rows))
     assert [data for _, data in read_shard(tmp_path / "theirs")] == rows
 
 features = st.dictionaries(st.text(min_size=1, max_size=8), st.binary(max_size=50) | st.lists(st.floats(width=32, allow_nan=False), max_size=9).map(np.float32) | st.lists(st.integers(-2 ** 63, 2 ** 63 - 1), max_size=9).map(lambda v: np.array(v, np.int64)), max_size=6)
@@ -109,7 +109,7 @@ def test_bytes_that_are_no_example_are_refused_or_read(data):
         try: found = read_example(change, "people.tfrecord, record 3")
         except InputError as error: assert "people.tfrecord, record 3" in str(error)
         else: assert all(isinstance(value, (bytes, np.ndarray)) for value in found.values())
-        try: from_record(change, "people.tfrecord, record 3")
+        try: decode_example(change, "people.tfrecord, record 3")
         except InputError as error: assert "people.tfrecord, record 3" in str(error)
 
 # --- what is kept
@@ -155,7 +155,7 @@ def test_orders_differ_by_seed_and_epoch_and_span_shards():
     orders = {tuple(stream_order(counts, seed, epoch, 100, 4).tolist()) for seed in range(4) for epoch in range(4)}
     assert len(orders) == 16
     for order in list(orders)[:4]: assert np.mean([len({i // 50 for i in order[b:b + 16]}) for b in range(0, 1000, 16)]) >= 3.5
-    assert len({tuple(window_order(30, seed, epoch, w)) for seed in range(5) for epoch in range(5) for w in range(5)}) == 125
+    assert len({tuple(shuffle_window(30, seed, epoch, w)) for seed in range(5) for epoch in range(5) for w in range(5)}) == 125
     assert stream_order(counts, None, 3).tolist() == list(range(1000))
 
 @settings(**{**QUIET, "max_examples": 15})
@@ -249,7 +249,7 @@ def test_a_foreign_shard_of_the_same_length_is_refused(copy):
     other = (copy / names[1]).read_bytes()
     rows = [data for _, data in read_shard(copy / names[0])]
     rows[2:4] = rows[3:1:-1]
-    (copy / names[0]).write_bytes(b"".join(map(frame, rows)))
+    (copy / names[0]).write_bytes(b"".join(map(encode_record, rows)))
     assert "sound records, and not those" in verify(copy)[1][0] and names[0] in verify(copy)[1][0]
     with pytest.raises(InputError, match=names[0]): facts(copy)
     (copy / names[0]).write_bytes(other)
@@ -381,7 +381,7 @@ def soak(folder, count):
     from fcos_lite.data.datasets import read_dataset
     examples = read_dataset(folder / "coco", "train2017")
     list(tf.data.Dataset.range(9))                              # TensorFlow's own memory is there before anything is counted
-    storage, begun = Storage(image_size=64, shard_pictures=count // 40), time.process_time()
+    storage, begun = RecordConfig(image_size=64, shard_pictures=count // 40), time.process_time()
     write_records(examples, "train2017", folder / "records", storage, workers=1, progress=lambda done, shards, pictures, _: say("written", pictures) if done % 4 == 0 else None)
     del examples
     for what in ("read", "streamed"):

@@ -21,11 +21,11 @@ def train(folder, epochs, compiled):
     import keras
     from fcos_lite.train import checkpoint as checkpoints
     from fcos_lite.data.batches import Batches
-    from fcos_lite.config import SCRATCH_RECIPE, Network
+    from fcos_lite.config import SCRATCH_RECIPE, ModelConfig
     from fcos_lite.train.run import Run
     from fcos_lite.scenes.scenes import Scenes, World
     from fcos_lite.train.schedule import WarmupCosine
-    from fcos_lite.train.trainer import be_deterministic, build
+    from fcos_lite.train.trainer import set_deterministic, build_model
 
     class Slow:
         "A file that says when it is half written."
@@ -65,13 +65,13 @@ def train(folder, epochs, compiled):
         time.sleep(PAUSE)
 
     checkpoints.open, checkpoints.os = Slow, Renames()
-    be_deterministic(0)
-    network = Network(image_size=32, strides=(16, 32), stem_filters=8, stem_groups=2, backbone_filters=(8, 8, 8, 8), backbone_blocks=(1, 1, 1, 1), backbone_groups=4,
+    set_deterministic(0)
+    network = ModelConfig(image_size=32, strides=(16, 32), stem_filters=8, stem_groups=2, backbone_filters=(8, 8, 8, 8), backbone_blocks=(1, 1, 1, 1), backbone_groups=4,
                       pyramid_channels=16, pyramid_groups=4, tower_depth=1, tower_channels=16, tower_groups=4)
     recipe = replace(SCRATCH_RECIPE, level_areas=(256,), batch_size=2, accumulate=3, epochs=epochs)
     scenes = list(Scenes(2 * BATCHES + 1, 1, World(size=32, min_height=10, max_height=30, max_people=2)))
     batches = Batches(scenes, recipe.batch_size, network.image_size, shuffle_seed=0, drop_last=True)
-    model = build(network, recipe, seed=0)
+    model = build_model(network, recipe, seed=0)
     more = {"use_ema": True, "ema_momentum": 0.9} if compiled else {}
     optimizer = keras.optimizers.AdamW(WarmupCosine(1e-3, 1e-5, epochs * BATCHES, 2), weight_decay=0.05, global_clipnorm=10.0, gradient_accumulation_steps=recipe.accumulate, **more)
     if compiled: optimizer = keras.optimizers.LossScaleOptimizer(optimizer, initial_scale=8.0, dynamic_growth_steps=4)
@@ -79,10 +79,10 @@ def train(folder, epochs, compiled):
     model.optimizer.build(model.trainable_variables)
     run = Run(folder)
     run.path.mkdir(exist_ok=True)
-    checkpoint = checkpoints.Checkpoint(folder, model, batches, checkpoints.identity(network, recipe, scenes, seed=0), every_steps=EVERY, say=tell)
+    checkpoint = checkpoints.Checkpoint(folder, model, batches, checkpoints.run_identity(network, recipe, scenes, seed=0), every_steps=EVERY, say=tell)
     try: checkpoint.fit(epochs, [Judge()], verbose=0)
     except checkpoints.Stopped as stopped: sys.exit(stopped.code)
-    np.savez(run.path / "end.npz", **checkpoints.state_of(model))
+    np.savez(run.path / "end.npz", **checkpoints.model_state(model))
 
 def life(folder, kind, death=None):
     "Runs until the end, or until its output has said `death[0]` for the `death[1]`th time, and a moment more; gives the exit code, what was said, and the log."
@@ -162,8 +162,8 @@ def test_sigterm_is_heard_too(tmp_path, in_peace):
     assert_same(tmp_path / "run", in_peace("long"), "long")
 
 def test_signals_are_given_back_and_the_second_interrupts():
-    from fcos_lite.train.checkpoint import Wishes
-    before, wishes = signal.getsignal(signal.SIGINT), Wishes()
+    from fcos_lite.train.checkpoint import StopRequest
+    before, wishes = signal.getsignal(signal.SIGINT), StopRequest()
     with wishes:
         os.kill(os.getpid(), signal.SIGINT)
         assert wishes.number == signal.SIGINT
@@ -174,11 +174,11 @@ def test_signals_are_given_back_and_the_second_interrupts():
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full, a device that is always full")
 def test_a_disk_that_is_really_full_leaves_the_last_checkpoint(tmp_path):
-    from fcos_lite.train.checkpoint import ASIDE, LAST, pack, read_checkpoint, write_checkpoint
+    from fcos_lite.train.checkpoint import TEMPORARY, LAST, serialize, read_checkpoint, write_checkpoint
     from fcos_lite.config import InputError
-    write_checkpoint(tmp_path, pack({"number": 1}, {}))
-    (tmp_path / ASIDE).symlink_to("/dev/full")
-    with pytest.raises(InputError, match="No space left on device.*make room"): write_checkpoint(tmp_path, pack({"number": 2}, {"zeros": np.zeros(10 ** 5)}))
+    write_checkpoint(tmp_path, serialize({"number": 1}, {}))
+    (tmp_path / TEMPORARY).symlink_to("/dev/full")
+    with pytest.raises(InputError, match="No space left on device.*make room"): write_checkpoint(tmp_path, serialize({"number": 2}, {"zeros": np.zeros(10 ** 5)}))
     assert [path.name for path in tmp_path.iterdir()] == [LAST] and read_checkpoint(tmp_path / LAST)[0]["number"] == 1
 
 def on_jax(folder):
@@ -200,7 +200,7 @@ def on_jax(folder):
 
     class Look(keras.callbacks.Callback):
         "Looks at the model itself, not at `self.model`, which Keras brings up to date."
-        def on_train_batch_end(self, batch, logs=None): assert checkpoints.state_of(model)["metrics/1/count"] == 2 * (batch + 1)
+        def on_train_batch_end(self, batch, logs=None): assert checkpoints.model_state(model)["metrics/1/count"] == 2 * (batch + 1)
 
     def fresh():
         keras.utils.set_random_seed(0)
@@ -217,7 +217,7 @@ def on_jax(folder):
         checkpoint = checkpoints.Checkpoint(folder / name, model, Numbers(), {"run": {}}, every_steps=2, say=lambda line: None)
         try: checkpoint.fit(3, calls, verbose=0)
         except checkpoints.Stopped: assert checkpoint.step == 8
-        ends[name] = checkpoints.state_of(model), checkpoint.step
+        ends[name] = checkpoints.model_state(model), checkpoint.step
     (alone, steps), (resumed, resumed_steps) = ends.values()
     assert steps == resumed_steps == 15
     assert any(array.any() for name, array in alone.items() if name.endswith("velocity"))

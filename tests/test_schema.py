@@ -8,27 +8,27 @@ import numpy as np
 import pytest
 import tensorflow as tf
 from fcos_lite.data.batches import Batches
-from fcos_lite.config import CURRICULUM, SOURCE_RECIPE, Network
+from fcos_lite.config import REFERENCE_CURRICULUM, REFERENCE_RECIPE, ModelConfig
 from fcos_lite.detector.model import FCOS
-from fcos_lite.train.optimizer import make_optimizer, overflows
-from fcos_lite.train.callbacks import Report
+from fcos_lite.train.optimizer import make_optimizer, overflow_count
+from fcos_lite.train.callbacks import EpochLogger
 from fcos_lite.scenes.scenes import Scenes, World
-from fcos_lite.train.trainer import build, optimizer_of, schedule_of
+from fcos_lite.train.trainer import build_model, optimizer_for, schedule_for
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "bench"))
 from document_loop import document_losses   # noqa: E402
 
-LEVELS = Network(image_size=64, stem_filters=8, stem_groups=2, backbone_filters=(8, 8, 8, 8), backbone_blocks=(1, 1, 1, 1), backbone_groups=4, pyramid_channels=8, pyramid_groups=4,
+LEVELS = ModelConfig(image_size=64, stem_filters=8, stem_groups=2, backbone_filters=(8, 8, 8, 8), backbone_blocks=(1, 1, 1, 1), backbone_groups=4, pyramid_channels=8, pyramid_groups=4,
                  tower_depth=1, tower_channels=8, tower_groups=4)        # the source's four levels, in small
 PEOPLE = World(size=64, min_height=16, max_height=60, max_people=4)
 
 @pytest.fixture(scope="module")
 def model():
     keras.utils.set_random_seed(0)
-    return FCOS(LEVELS, SOURCE_RECIPE)
+    return FCOS(LEVELS, REFERENCE_RECIPE)
 
 @pytest.fixture(scope="module")
-def batches(): return Batches(Scenes(32, 3, PEOPLE), SOURCE_RECIPE.batch_size, 64)
+def batches(): return Batches(Scenes(32, 3, PEOPLE), REFERENCE_RECIPE.batch_size, 64)
 
 def losses(model, batch): return {name: float(value) for name, value in model.losses_of(model(batch["image"]), batch["boxes"], batch["labels"]).items()}
 
@@ -43,22 +43,22 @@ def document_rate(t, total, start):
 def test_the_recipe_follows_the_documents_formula(pictures, epochs, warmup_from, start):
     total = epochs * (pictures // 4)
     steps = np.r_[0, 1, 2500, 4999, 5000, 5001, total // 2, total - 1, total, np.random.default_rng(0).integers(0, total, 50)]
-    rates = np.array(schedule_of(replace(SOURCE_RECIPE, warmup_from=warmup_from), total)(steps))
+    rates = np.array(schedule_for(replace(REFERENCE_RECIPE, warmup_from=warmup_from), total)(steps))
     np.testing.assert_allclose(rates, [document_rate(t, total, start) for t in steps], atol=5e-7 * 5e-5)
 
 @pytest.mark.parametrize("pictures", [10_000, 8_800])
 def test_each_chunk_has_its_own_warmup_and_end(pictures):
-    total = CURRICULUM["chunk_epochs"] * (pictures // SOURCE_RECIPE.batch_size)
-    schedule = schedule_of(SOURCE_RECIPE, total)
-    assert schedule.warmup_steps == total // 20 and total % SOURCE_RECIPE.accumulate == 0
+    total = REFERENCE_CURRICULUM["chunk_epochs"] * (pictures // REFERENCE_RECIPE.batch_size)
+    schedule = schedule_for(REFERENCE_RECIPE, total)
+    assert schedule.warmup_steps == total // 20 and total % REFERENCE_RECIPE.accumulate == 0
     np.testing.assert_allclose([float(schedule(t)) for t in (0, total // 20, total)], [2.5e-7, 5e-5, 2.5e-7], rtol=1e-5)
 
 # The optimizer that a recipe makes
 
 @pytest.mark.parametrize("precision", ["float32", "mixed_float16", "mixed_bfloat16"])
 def test_a_source_run_has_the_documents_optimizer(precision):
-    model = build(LEVELS, SOURCE_RECIPE, precision=precision)
-    optimizer = optimizer_of(model, 300_000)
+    model = build_model(LEVELS, REFERENCE_RECIPE, precision=precision)
+    optimizer = optimizer_for(model, 300_000)
     assert isinstance(optimizer, keras.optimizers.LossScaleOptimizer) == (precision == "mixed_float16")
     optimizer = getattr(optimizer, "inner_optimizer", optimizer)
     assert isinstance(optimizer, keras.optimizers.AdamW)
@@ -67,11 +67,11 @@ def test_a_source_run_has_the_documents_optimizer(precision):
     assert {value.dtype.name for value in model(np.zeros((1, 64, 64, 3), "uint8")).values()} == {"float32"}     # exp, GIoU and losses follow in float32
 
 def test_fine_tuning_moves_the_fpn_model_at_1e_6_and_the_heads_at_1e_5(model):
-    slow, quick = CURRICULUM["finetune_rate_fpn"], CURRICULUM["finetune_rate_heads"]
+    slow, quick = REFERENCE_CURRICULUM["finetune_rate_fpn"], REFERENCE_CURRICULUM["finetune_rate_heads"]
     assert (slow, quick) == (1e-6, 1e-5)
-    tuned = FCOS(LEVELS, replace(SOURCE_RECIPE, peak_rate=quick, final_rate=quick, pace_fpn=slow / quick, weight_decay=0.0, accumulate=1))
+    tuned = FCOS(LEVELS, replace(REFERENCE_RECIPE, peak_rate=quick, final_rate=quick, pace_fpn=slow / quick, weight_decay=0.0, accumulate=1))
     for v in tuned.trainable_variables: v.assign(0 * v)
-    optimizer = optimizer_of(tuned, 97_000)
+    optimizer = optimizer_for(tuned, 97_000)
     optimizer.build(tuned.trainable_variables)
     optimizer.apply([np.ones(v.shape, "float32") for v in tuned.trainable_variables])
     for part, rate in ((tuned.fpn, slow), (tuned.heads, quick)):
@@ -79,9 +79,9 @@ def test_fine_tuning_moves_the_fpn_model_at_1e_6_and_the_heads_at_1e_5(model):
 
 @pytest.mark.parametrize("decay", ["all", "kernels"])
 def test_which_variables_decay_is_a_field(decay):
-    model = FCOS(LEVELS, replace(SOURCE_RECIPE, decay=decay, peak_rate=0.1, final_rate=0.1, accumulate=1))
+    model = FCOS(LEVELS, replace(REFERENCE_RECIPE, decay=decay, peak_rate=0.1, final_rate=0.1, accumulate=1))
     for v in model.trainable_variables: v.assign(0 * v + 1)
-    optimizer = optimizer_of(model, 100)
+    optimizer = optimizer_for(model, 100)
     optimizer.build(model.trainable_variables)
     optimizer.apply([np.zeros(v.shape, "float32") for v in model.trainable_variables])
     for v in model.trainable_variables:
@@ -113,7 +113,7 @@ def test_two_paces_are_the_documents_two_optimizers_where_the_clip_does_not_bite
     ours = make_optimizer(1e-2, 5e-3, clip_norm, 4, paces=[0.1] * cut + [1.0] * (len(start) - cut), scale_loss=True)
     theirs = [keras.optimizers.LossScaleOptimizer(keras.optimizers.AdamW(rate, weight_decay=5e-3, global_clipnorm=clip_norm, gradient_accumulation_steps=4)) for rate in (1e-3, 1e-2)]
     one, two = moved([ours], [slice(None)]), moved(theirs, [slice(cut), slice(cut, None)])
-    assert (float(ours.dynamic_scale), overflows(ours), int(ours.iterations)) == (2.0**15, 0, 2)
+    assert (float(ours.dynamic_scale), overflow_count(ours), int(ours.iterations)) == (2.0**15, 0, 2)
     assert (np.linalg.norm(one - two) < 1e-4 * np.linalg.norm(one)) == equal
 
 # Eight micro-batches and one batch of 32
@@ -132,7 +132,7 @@ def test_eight_micro_batches_are_one_of_32_but_for_the_divisors(model, batches):
     for part, weights in divisors.items():
         np.testing.assert_allclose(np.average([row[part] for row in small], weights=weights), whole[part], rtol=1e-4, err_msg=part)
         assert abs(np.mean([row[part] for row in small]) - whole[part]) > 1e-5 * whole[part]    # the plain mean is something else
-    for row in small: np.testing.assert_allclose(row["cls"] + row["reg"] + SOURCE_RECIPE.centerness_weight * row["ctr"], row["loss"], rtol=1e-5)
+    for row in small: np.testing.assert_allclose(row["cls"] + row["reg"] + REFERENCE_RECIPE.centerness_weight * row["ctr"], row["loss"], rtol=1e-5)
 
 def test_no_micro_batch_is_dropped_at_the_end_of_an_epoch():
     "Two epochs of twelve micro-batches are three updates, with the weights of one epoch of 24."
@@ -141,7 +141,7 @@ def test_no_micro_batch_is_dropped_at_the_end_of_an_epoch():
     def weights(epochs):
         keras.utils.set_random_seed(0)
         model = keras.Sequential([keras.Input((3,)), keras.layers.Dense(1)])
-        model.compile(make_optimizer(0.1, 0.05, 10.0, SOURCE_RECIPE.accumulate), "mse", run_eagerly=True)
+        model.compile(make_optimizer(0.1, 0.05, 10.0, REFERENCE_RECIPE.accumulate), "mse", run_eagerly=True)
         for part in np.split(np.arange(24), epochs): model.fit(x[part].reshape(-1, 3), y[part].reshape(-1, 1), batch_size=2, shuffle=False, verbose=0)
         assert int(model.optimizer.iterations) == 3
         return model.get_weights()
@@ -166,7 +166,7 @@ class Recorder:
 
 def test_the_source_stops_after_seven_evaluations_without_a_better_one():
     "And has kept the best. The document watches the mean of the three validation losses, a third of our sum of them: it chooses the same."
-    report, recorder = Report(recorder := Recorder(), [], SOURCE_RECIPE, [100]), recorder
+    report, recorder = EpochLogger(recorder := Recorder(), [], REFERENCE_RECIPE, [100]), recorder
     report.set_model(type("Model", (), {"stop_training": False})())
     parts = np.array([[3, 2, 1], [2, 2, 1], *[[2, 2, 1.5]] * 7])
     for epoch, values in enumerate(parts, 1):

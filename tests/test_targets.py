@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from fcos_lite.config import InputError
-from fcos_lite.detector.targets import assign, count_lost, lost_boxes
+from fcos_lite.detector.targets import assign_targets, count_unassigned, unassigned_boxes
 
 ROOT = Path(__file__).parents[1]
 STRIDES = (4, 8, 16, 32)
@@ -179,7 +179,7 @@ def test_targets_equal_the_rules_read_literally(image_size):
     boxes, labels = pictures(image_size)
     for part, rules in enumerate(RULES):      # each switch sees its share of the pictures
         rows = slice(part, None, len(RULES))
-        ours = assign(boxes[rows], labels[rows], image_size, STRIDES, CLASSES, **rules)
+        ours = assign_targets(boxes[rows], labels[rows], image_size, STRIDES, CLASSES, **rules)
         assert_same(ours, boxes[rows], labels[rows], image_size, rules)
 
 
@@ -192,9 +192,9 @@ def test_the_random_pictures_hold_what_they_promise():
     assert (boxes[person][:, 0] % 4 == 2).sum() > 30            # a side on the centre of a cell of P2
     assert (~(labels != -1).any(1)).sum() > 10
     assert (areas[person] <= 0).sum() > 20 and (areas[person] == 4096).sum() > 0
-    lost = lost_boxes(boxes, labels, 64, STRIDES)
+    lost = unassigned_boxes(boxes, labels, 64, STRIDES)
     assert np.sum(lost["empty"]) > 100 and np.sum(lost["beaten"]) > 30
-    targets = assign(boxes, labels, 64, STRIDES, CLASSES, crowd="ignore")
+    targets = assign_targets(boxes, labels, 64, STRIDES, CLASSES, crowd="ignore")
     assert 0 < np.sum(~np.asarray(targets["counted"])) and 0 < np.sum(targets["positive"])
 
 
@@ -202,7 +202,7 @@ def test_the_random_pictures_hold_what_they_promise():
 def test_lost_boxes_equal_the_rules_read_literally(rules):
     boxes, labels = (part[:30] for part in pictures(64, seed=1))
     rules = {name: value for name, value in rules.items() if name != "crowd"}
-    ours = lost_boxes(boxes, labels, 64, STRIDES, **rules)
+    ours = unassigned_boxes(boxes, labels, 64, STRIDES, **rules)
     people = {"empty": 0, "beaten": 0}
     for row in range(len(boxes)):
         expected, alone = literal(boxes[row], labels[row], 64, **literal_rules({**rules, "crowd": "negative"}))
@@ -212,7 +212,7 @@ def test_lost_boxes_equal_the_rules_read_literally(rules):
             assert (bool(ours["empty"][row, index]), bool(ours["beaten"][row, index])) == (empty, beaten), (row, index)
             people["empty"] += empty
             people["beaten"] += beaten
-    assert count_lost([{"boxes": boxes, "labels": labels}], 64, STRIDES, **rules) == {"people": int((labels >= 0).sum()), **people}
+    assert count_unassigned([{"boxes": boxes, "labels": labels}], 64, STRIDES, **rules) == {"people": int((labels >= 0).sum()), **people}
 
 
 def test_the_centre_rule_of_the_document_excludes_nothing():
@@ -231,12 +231,12 @@ def test_more_boxes_than_a_byte_can_number():
     rng = np.random.default_rng(4)
     boxes, labels = random_boxes(rng, 64, 300)
     assert len(boxes) == 300 and (labels >= 0).sum() > 200
-    assert_same(assign(boxes[None], labels[None], 64, STRIDES, CLASSES), boxes[None], labels[None], 64, RULES[0])
+    assert_same(assign_targets(boxes[None], labels[None], 64, STRIDES, CLASSES), boxes[None], labels[None], 64, RULES[0])
 
 
 def test_no_room_for_boxes_is_the_empty_picture():
-    padded = assign(np.zeros((2, 5, 4)), np.full((2, 5), -1), 64, STRIDES, CLASSES, crowd="ignore", center_radius=1.5)
-    none = assign(np.zeros((2, 0, 4)), np.zeros((2, 0), int), 64, STRIDES, CLASSES, crowd="ignore", center_radius=1.5)
+    padded = assign_targets(np.zeros((2, 5, 4)), np.full((2, 5), -1), 64, STRIDES, CLASSES, crowd="ignore", center_radius=1.5)
+    none = assign_targets(np.zeros((2, 0, 4)), np.zeros((2, 0), int), 64, STRIDES, CLASSES, crowd="ignore", center_radius=1.5)
     for name in none: np.testing.assert_array_equal(none[name], padded[name])
     assert not np.any(none["positive"]) and np.all(none["counted"])
 
@@ -247,7 +247,7 @@ def test_the_order_of_the_boxes_matters_to_equals_only():
     boxes = np.concatenate([boxes.min(2), boxes.max(2)], -1)
     order = rng.permutation(12)
     labels = np.arange(12)[None] % CLASSES
-    once, again = (assign(boxes[:, o], labels[:, o], 64, STRIDES, CLASSES) for o in (np.arange(12), order))
+    once, again = (assign_targets(boxes[:, o], labels[:, o], 64, STRIDES, CLASSES) for o in (np.arange(12), order))
     for name in ("cls", "ltrb", "centerness", "positive"): np.testing.assert_array_equal(once[name], again[name])
 
 
@@ -255,7 +255,7 @@ def test_bad_rules_are_refused_by_name():
     for wrong, words in ((dict(level_rule="size"), "level_rule 'size'"), (dict(crowd="keep"), "crowd 'keep'"),
                          (dict(level_rule="max_distance", rescue_lost=True), "rescue_lost")):
         with pytest.raises(InputError, match=words):
-            assign(np.zeros((1, 1, 4)), np.zeros((1, 1), int), 64, STRIDES, CLASSES, **wrong)
+            assign_targets(np.zeros((1, 1, 4)), np.zeros((1, 1), int), 64, STRIDES, CLASSES, **wrong)
 
 
 def test_it_compiles_and_compiled_is_the_same():
@@ -265,9 +265,9 @@ def test_it_compiles_and_compiled_is_the_same():
     if keras.backend.backend() != "tensorflow": pytest.skip("this process runs on another backend")
     boxes, labels = (part[:16] for part in pictures(128))
     for rules in (RULES[0], dict(level_rule="relative_area", center_radius=1.5, rescue_lost=True, crowd="ignore")):
-        plain = assign(boxes, labels, 128, STRIDES, CLASSES, **rules)
+        plain = assign_targets(boxes, labels, 128, STRIDES, CLASSES, **rules)
         for xla in (False, True):
-            compiled = tf.function(lambda b, l: assign(b, l, 128, STRIDES, CLASSES, **rules), jit_compile=xla)(boxes, labels)
+            compiled = tf.function(lambda b, l: assign_targets(b, l, 128, STRIDES, CLASSES, **rules), jit_compile=xla)(boxes, labels)
             for name in plain: np.testing.assert_allclose(compiled[name], plain[name], rtol=1e-6, atol=1e-6, err_msg=name)
 
 
@@ -281,7 +281,7 @@ def test_the_loop_of_the_document_gives_the_same():
     positives = 0
     for image_size in (64, 512):
         boxes, labels = (part[:6] for part in pictures(image_size, seed=2))
-        ours = assign(boxes, labels, image_size, STRIDES, CLASSES)
+        ours = assign_targets(boxes, labels, image_size, STRIDES, CLASSES)
         for row in range(6):
             real = labels[row] >= 0
             cls, reg, ctr = (np.concatenate([np.asarray(level).reshape(-1, level.shape[-1]) for level in levels])
@@ -298,15 +298,15 @@ def test_the_loop_of_the_document_gives_the_same():
 JAX = """
 import json, sys
 import jax, keras, numpy as np
-from fcos_lite.detector.targets import assign, lost_boxes
+from fcos_lite.detector.targets import assign_targets, unassigned_boxes
 assert keras.backend.backend() == "jax"
 given = np.load(sys.argv[1])
 rules = json.loads(sys.argv[3])
-run = lambda boxes, labels, rule: assign(boxes, labels, 128, (4, 8, 16, 32), 3, **rule)
+run = lambda boxes, labels, rule: assign_targets(boxes, labels, 128, (4, 8, 16, 32), 3, **rule)
 out = {}
 for i, rule in enumerate(rules):
     for name, value in jax.jit(lambda b, l: run(b, l, rule))(given["boxes"], given["labels"]).items(): out[f"{i} {name}"] = value
-for name, value in lost_boxes(given["boxes"], given["labels"], 128, (4, 8, 16, 32)).items(): out[name] = value
+for name, value in unassigned_boxes(given["boxes"], given["labels"], 128, (4, 8, 16, 32)).items(): out[name] = value
 for name, value in run(np.zeros((1, 0, 4)), np.zeros((1, 0), int), rules[0]).items(): out[f"none {name}"] = value
 np.savez(sys.argv[2], **out)
 """
@@ -322,5 +322,5 @@ def test_jax_gives_the_same(tmp_path):
     out = np.load(tmp_path / "out.npz")
     for i, rule in enumerate(rules):
         assert_same({name: out[f"{i} {name}"] for name in ("cls", "ltrb", "centerness", "positive", "counted", "box")}, boxes, labels, 128, rule)
-    for name, value in lost_boxes(boxes, labels, 128, STRIDES).items(): np.testing.assert_array_equal(out[name], value)
+    for name, value in unassigned_boxes(boxes, labels, 128, STRIDES).items(): np.testing.assert_array_equal(out[name], value)
     assert not out["none positive"].any() and out["none counted"].all()

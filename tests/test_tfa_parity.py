@@ -16,7 +16,7 @@ import keras
 import numpy as np
 import pytest
 
-from fcos_lite.config import SOURCE
+from fcos_lite.config import REFERENCE
 from fcos_lite.detector.model import FCOS
 
 HERE = Path(__file__).parent / "tfa_parity"
@@ -144,7 +144,7 @@ def ask_document(tfa_python, tmp_path_factory):
 class Parity:
     "One network, twice: ours and the document's answer to the same weights and pictures."
     def __init__(self, ask_document, size, batch):
-        self.network = replace(SOURCE, image_size=size)
+        self.network = replace(REFERENCE, image_size=size)
         self.model, self.weights = our_network(self.network)
         self.values = random_values(self.weights)
         assign(self.weights, self.values)

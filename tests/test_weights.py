@@ -8,7 +8,7 @@ import pytest
 from fcos_lite import FCOS
 from fcos_lite.detector.boxes import iou
 from fcos_lite.config import InputError
-from fcos_lite.detector.weights import check_seal, find_weights, preset_of, shipped
+from fcos_lite.detector.weights import verify_checksum, find_weights, read_config, shipped_weights
 
 WEIGHTS = Path(__file__).resolve().parents[1] / "weights"
 
@@ -16,10 +16,10 @@ WEIGHTS = Path(__file__).resolve().parents[1] / "weights"
 def person(): return FCOS.from_preset("person")
 
 def test_it_is_found_sealed_and_small():
-    path = shipped()["person"]
+    path = shipped_weights()["person"]
     assert path == WEIGHTS / "person.weights.h5" == find_weights("person")
     assert path.stat().st_size < 15e6 and path.with_name("person.weights.h5.sha256").is_file()
-    check_seal(path)
+    verify_checksum(path)
 
 def test_the_card_says_what_the_page_says():
     measured, card = json.loads((WEIGHTS / "person.json").read_text())["measured"], (WEIGHTS / "README.md").read_text()
@@ -29,7 +29,7 @@ def test_the_card_says_what_the_page_says():
     assert sizes == pytest.approx([measured[name] for name in ("APs", "APm", "APl", "source_map75")], abs=6e-4)     # both are rounded
     assert f"{trained['views']:,} views in {trained['epochs']} passes" in card and f"{trained['views'] / trained['minutes'] / 60:.0f} photographs a second with compiling" in card
     assert f"F1 ({measured['f1']:.2f})" in card and f"is {measured['threshold']:.2f};" in card
-    network, recipe = preset_of(WEIGHTS / "person.weights.h5")
+    network, recipe = read_config(WEIGHTS / "person.weights.h5")
     assert network.image_size == 384 and (recipe.zoom, recipe.mosaic) == ((0.5, 1.5), 0.2)
 
 def test_one_changed_byte_is_refused(tmp_path):
@@ -46,7 +46,7 @@ def test_it_finds_the_person_in_a_photograph_it_has_not_seen(person):
 
 def test_shipped_weights_without_a_seal_are_refused(tmp_path, monkeypatch):
     for name in ("person.weights.h5", "person.json"): (tmp_path / name).write_bytes((WEIGHTS / name).read_bytes())
-    monkeypatch.setattr("fcos_lite.detector.weights.shipped", lambda: {"person": tmp_path / "person.weights.h5"})
+    monkeypatch.setattr("fcos_lite.detector.weights.shipped_weights", lambda: {"person": tmp_path / "person.weights.h5"})
     with pytest.raises(InputError, match=r"person.weights.h5.sha256 is missing beside it; fetch both again"): FCOS.from_preset("person")
 
 @pytest.mark.parametrize("grey", [0, 60, 128, 200, 255])

@@ -10,15 +10,15 @@ import argparse
 import sys
 import time
 from pathlib import Path
-from ..config import NETWORKS, RECIPES, InputError, check
+from ..config import MODELS, RECIPES, InputError, check
 from .download import COCO_2017, download
 from ..flags import add_flags, run_command, with_flags
 from .coco import Examples
 from .shards import main as pack
-from .datasets import parts_in, read_dataset
-from .records import Storage
-from .tfrecord import counted, parts_of, verify, write_records
-from .splits import hold_out, with_negatives, without_copies
+from .datasets import list_splits, read_dataset
+from .records import RecordConfig
+from .tfrecord import counted, list_record_splits, verify, write_records
+from .splits import hold_out, with_negatives, report_duplicates
 
 # %% ../../nbs/reference/data/main.ipynb #363f2b15
 def read_part(arguments, part): # Examples
@@ -34,7 +34,7 @@ def read_part(arguments, part): # Examples
 # %% ../../nbs/reference/data/main.ipynb #0bbc6449
 def read_parts(arguments): # {part: Examples}
     "All parts, no picture in two of them; raises `InputError`."
-    parts = {part: read_part(arguments, part) for part in arguments.parts or parts_in(arguments.coco)}
+    parts = {part: read_part(arguments, part) for part in arguments.parts or list_splits(arguments.coco)}
     if arguments.hold_out is not None:
         (first, examples), *others = parts.items()
         aside = first.replace("train", "val", 1)
@@ -44,14 +44,14 @@ def read_parts(arguments): # {part: Examples}
         parts = {first: rest, aside: Examples(held, held.class_names)}
     for part in [part for part in parts if not part.startswith("val")]:
         for other in [other for other in parts if other.startswith("val")]:
-            parts[part], copies = without_copies(parts[part], parts[other], other)
+            parts[part], copies = report_duplicates(parts[part], parts[other], other)
             if copies: print(f"  {counted(len(copies), 'picture')} of {part} left out: in {other} too, the first is {copies[0][0].image}", flush=True)
     return parts
 
 # %% ../../nbs/reference/data/main.ipynb #324c363f
 def write(arguments):
     "The word `write`: shards of records, as far as they are not there yet."
-    storage = with_flags(Storage(), arguments)
+    storage = with_flags(RecordConfig(), arguments)
     check(arguments.workers is None or arguments.workers >= 1, f"--workers {arguments.workers}: give at least 1")
     for part, examples in read_parts(arguments).items():
         begun = time.monotonic()
@@ -70,20 +70,20 @@ def verify_folder(arguments):
 
 # %% ../../nbs/reference/data/main.ipynb #0d05c6a4
 def inspect_folder(arguments):
-    "The word `inspect`: text on standard output, and a page where `--out` names one."
-    from fcos_lite.data.statistics import census_page, inspect
+    "The word `dataset_report`: text on standard output, and a page where `--out` names one."
+    from fcos_lite.data.statistics import statistics_page, dataset_report
     from fcos_lite.data.streams import Records
     folder, out = Path(arguments.folder), arguments.out and Path(arguments.out)
     check(not out or arguments.force or not out.exists(), f"--out {out}: exists; choose another name, or add --force to replace it")
     check(folder.is_dir(), f"{folder}: no such folder; give photographs in the layout of COCO, YOLO or VOC, or records")
     kept = any(folder.glob("*-of-*.tfrecord"))
-    network, recipe, sections = NETWORKS[arguments.network], RECIPES[arguments.recipe], []
+    network, recipe, sections = MODELS[arguments.network], RECIPES[arguments.recipe], []
     size = arguments.image_size or network.image_size
     check(size % network.strides[-1] == 0 and size > 0, f"--image-size {size}: must be a multiple of {network.strides[-1]}")
-    for part in arguments.parts or (parts_of(folder) if kept else parts_in(folder)):
+    for part in arguments.parts or (list_record_splits(folder) if kept else list_splits(folder)):
         if kept: examples = Records(folder, part)[:arguments.limit]
         else: examples = read_dataset(folder, part, arguments.only_class and tuple(arguments.only_class), arguments.limit, max_bad_share=1)
-        title, text, plots = inspect(examples, f"{folder}, {part}", size, network.strides, recipe, arguments.sample)
+        title, text, plots = dataset_report(examples, f"{folder}, {part}", size, network.strides, recipe, arguments.sample)
         text = f"{examples.report}\n{text}"
         print(text, flush=True)
         sections.append((title, text, plots))
@@ -91,7 +91,7 @@ def inspect_folder(arguments):
         out.parent.mkdir(parents=True, exist_ok=True)
         aside = out.with_name(f".{out.name}.partial")
         try:
-            aside.write_text(census_page(sections), encoding="utf-8")
+            aside.write_text(statistics_page(sections), encoding="utf-8")
             aside.replace(out)
         except OSError as error: raise InputError(f"--out {out}: cannot be written ({error.strerror}); make room, or choose another folder") from None
         finally: aside.unlink(missing_ok=True)
@@ -119,12 +119,12 @@ def parser(): # argparse.ArgumentParser
     w.add_argument("--seed", type=int, default=0, metavar="N", help="which pictures without a box, and which are held out (default: %(default)s)")
     w.add_argument("--max-bad-share", type=float, default=0.01, metavar="X", help="of the pictures, and of the boxes, that may be unusable (default: %(default)s)")
     w.add_argument("--workers", type=int, metavar="N", help="processes (default: as many as there are processors)")
-    add_flags(w, Storage)
+    add_flags(w, RecordConfig)
     word("verify", "every byte of a folder of records against what was written", verify_folder).add_argument("folder", metavar="DIR", help="records")
     i = word("inspect", "counts, plots and the oddest examples of a data set", inspect_folder)
     i.add_argument("folder", metavar="DIR", help="photographs in the layout of COCO, YOLO or Pascal VOC, or records")
     common(i)
-    i.add_argument("--network", choices=NETWORKS, default="source", help="whose pyramid (default: %(default)s)")
+    i.add_argument("--network", choices=MODELS, default="source", help="whose pyramid (default: %(default)s)")
     i.add_argument("--recipe", choices=RECIPES, default="scratch", help="whose rules for locations (default: %(default)s)")
     i.add_argument("--image-size", type=int, metavar="S", help="side of the square, pixels (default: the network's)")
     i.add_argument("--sample", type=int, default=400, metavar="N", help="pictures for the counts of locations (default: %(default)s)")

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PATIENCE', 'LONGEST_PAUSE', 'FALLBACK_FPS', 'CODECS', 'Frame', 'open_video', 'next_image', 'next_time', 'Video',
-           'fit_into', 'VideoWriter']
+           'fit_frame', 'VideoWriter']
 
 # %% ../../nbs/reference/detect/video.ipynb #e264986f
 import os
@@ -94,7 +94,7 @@ class Video:
 # %% ../../nbs/reference/detect/video.ipynb #0f019439
 CODECS = {".mp4": "mp4v", ".m4v": "mp4v", ".mov": "mp4v", ".mkv": "mp4v", ".avi": "MJPG", ".webm": "VP80"}
 
-def fit_into(
+def fit_frame(
     image, # (H, W, 3) uint8
     width, height, # pixels
 ): # (height, width, 3) uint8
@@ -130,7 +130,7 @@ class VideoWriter:
     ):
         "Put a picture at its time."
         if self.writer is None: self.open(*image.shape[:2])
-        image, place = fit_into(image, *self.size), self.count if when is None else round(when * self.fps)
+        image, place = fit_frame(image, *self.size), self.count if when is None else round(when * self.fps)
         while self.count < place: self.put(image if self.last is None else self.last)
         if place == self.count: self.put(image)
         self.last = image

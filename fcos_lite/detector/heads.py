@@ -9,7 +9,7 @@ __all__ = ['tower', 'prediction', 'prior_bias', 'flat', 'Heads', 'convolution_ma
 import math
 import keras
 from keras import layers, ops
-from .backbone import by_stage, conv, group_norm, macs
+from .backbone import sum_by_stage, conv, group_norm, layer_macs
 
 # %% ../../nbs/book/06_heads.ipynb #db386793
 def tower(
@@ -87,4 +87,4 @@ def convolution_macs(
     convolutions = [layer for part in (heads.cls_tower, heads.reg_tower) for layer in part.layers if isinstance(layer, layers.Conv2D)]
     per_location = sum(math.prod(layer.kernel.shape) for layer in (*convolutions, heads.classes, heads.distances, heads.centers))
     on_levels = {f"heads on P{int(math.log2(stride))}": per_location * math.prod(level.shape[1:3]) for stride, level in zip(heads.strides, fpn.outputs)}
-    return {**by_stage(fpn, macs), **on_levels}
+    return {**sum_by_stage(fpn, layer_macs), **on_levels}

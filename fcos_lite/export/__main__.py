@@ -15,8 +15,8 @@ import tempfile
 from dataclasses import replace
 from pathlib import Path
 import numpy as np
-from ..config import SOURCE_CAMERA, Thresholds, check
-from .runtime import FILES, FORMATS, PAGE, RUNTIMES, WRITERS, Exported, check_format, check_packages, difference, digest, page_for, read_page
+from ..config import CAMERA_NMS, NMSConfig, check
+from .runtime import FILES, FORMATS, MANIFEST_NAME, RUNTIMES, WRITERS, ExportedDetector, check_format, check_packages, difference, digest, make_manifest, read_manifest
 from ..flags import add_flags, check_out, run_command, with_flags
 from ..data.images import Letterbox, read_image
 
@@ -40,7 +40,7 @@ def representative(
 # %% ../../nbs/reference/export/main.ipynb #3bc7547d
 def write_folder(
     out,   # a folder that is not there yet
-    page,  # as `page_for`
+    page,  # as `make_manifest`
     write, # called with the path that the graph is to have
 ): # Exported
     "A graph and its page, sealed; the folder appears whole or not at all."
@@ -50,9 +50,9 @@ def write_folder(
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir(parents=True)
     write(aside / page["file"])
-    (aside / PAGE).write_text(json.dumps({**page, "sha256": digest(aside / page["file"])}, indent=1) + "\n", encoding="utf-8")
+    (aside / MANIFEST_NAME).write_text(json.dumps({**page, "sha256": digest(aside / page["file"])}, indent=1) + "\n", encoding="utf-8")
     os.replace(aside, out)
-    return Exported(out)
+    return ExportedDetector(out)
 
 # %% ../../nbs/reference/export/main.ipynb #794e9c60
 def export(
@@ -60,7 +60,7 @@ def export(
     out,   # a folder that is not there yet
     format="litert", # of FORMATS
     precision="float32", # of FORMATS[format]
-    thresholds=SOURCE_CAMERA,
+    thresholds=CAMERA_NMS,
     rows=100,     # of the table of boxes; 0: no NMS
     batch_size=1,
     squares=None, # (N, S, S, 3) uint8: pictures like those that it will see, for int8
@@ -77,9 +77,9 @@ def export(
             _, boxes = export(model, Path(folder) / "float32", format, "float32", thresholds, rows, batch_size, weights=weights)
             return shrink(Path(folder) / "float32", out, precision, squares), boxes
     from fcos_lite.export import graph as graphs
-    boxes = graphs.Boxes(model, thresholds, rows)
+    boxes = graphs.ExportModule(model, thresholds, rows)
     write = {"saved_model": graphs.write_saved_model, "litert": graphs.write_litert, "onnx": graphs.write_onnx}[format]
-    page = page_for(model.network, format, precision, batch_size, rows, thresholds, weights)
+    page = make_manifest(model.network, format, precision, batch_size, rows, thresholds, weights)
     return write_folder(out, page, lambda target: write(graphs.trace(boxes, batch_size), target)), boxes
 
 # %% ../../nbs/reference/export/main.ipynb #4b4e3779
@@ -95,12 +95,12 @@ def shrink(
 ): # Exported
     "A float32 export with smaller numbers."
     from fcos_lite.export import graph as graphs
-    page = read_page(folder)
+    page = read_manifest(folder)
     check_format(page["format"], precision)
     check(page["precision"] == "float32" != precision, f"{folder}: {page['precision']}, to become {precision}; only float32 can become smaller")
     check_squares(precision, squares)
     source, count = Path(folder) / page["file"], page["batch_size"]
-    make = {"float16": lambda target: graphs.halve(source, target),
+    make = {"float16": lambda target: graphs.to_float16(source, target),
             "int8": lambda target: {"litert": graphs.quantize, "onnx": graphs.quantize_onnx}[page["format"]](source, target, squares, count)}[precision]
     return write_folder(out, {**page, "precision": precision, "representative_pictures": len(squares) if precision == "int8" else 0}, make)
 
@@ -111,10 +111,10 @@ def load_at(
 ): # (FCOS, path of its weights)
     "A trained detector, for squares of another size if one is given."
     from fcos_lite.detector.model import FCOS
-    from fcos_lite.detector.weights import find_weights, load_weights, preset_of
+    from fcos_lite.detector.weights import find_weights, load_weights, read_config
     path = find_weights(name)
     if image_size is None: return FCOS.from_preset(name), path
-    preset = preset_of(path)
+    preset = read_config(path)
     check(preset, f"{path.parent / 'config.json'}: missing; it says which network the weights beside it belong to")
     model = FCOS(replace(preset[0], image_size=image_size), preset[1])
     load_weights(model, path)
@@ -127,10 +127,10 @@ def compare(
     near=4.0, # pixels, as for `difference`
 ): # as `difference`
     "An exported detector against Keras."
-    from fcos_lite.detector.model import fill
+    from fcos_lite.detector.model import pad_batch
     count, worst = exported.page["batch_size"], {}
     for i in range(0, len(squares), count):
-        batch = fill(squares[i:i + count], count)
+        batch = pad_batch(squares[i:i + count], count)
         keras_says = {name: np.array(value) for name, value in boxes.predict_on_batch(batch).items()}
         for name, value in difference(exported(batch), keras_says, near).items(): worst[name] = max(worst.get(name, 0.0), value)
     return worst
@@ -158,7 +158,7 @@ def parser(): # argparse.ArgumentParser
     p.add_argument("--no-nms", action="store_true", help="leave NMS out: a box and scores for every location, for runtimes that hold no loops")
     p.add_argument("--pictures", nargs="+", metavar="PATH", help="int8: files or folders of pictures like those that it will see (default: scenes that the library draws, which photographs resemble little)")
     p.add_argument("--representative", type=int, default=32, metavar="N", help="int8: so many of them (default: %(default)s)")
-    add_flags(p.add_argument_group("what counts as found (default: IoU 0.3, score 0.2)"), Thresholds)
+    add_flags(p.add_argument_group("what counts as found (default: IoU 0.3, score 0.2)"), NMSConfig)
     return p
 
 # %% ../../nbs/reference/export/main.ipynb #26fb8c1e
@@ -167,7 +167,7 @@ def main(argv=None):
     a = parser().parse_args(argv)
     out = Path(a.out)
     check_format(a.format, a.precision)
-    check_out(out, a.force, "export", lambda folder: (folder / PAGE).is_file())
+    check_out(out, a.force, "export", lambda folder: (folder / MANIFEST_NAME).is_file())
     check_packages([RUNTIMES[a.format], *WRITERS[a.format]])
     for name in ("rows", "batch_size", "representative"): check(getattr(a, name) >= 1, f"--{name.replace('_', '-')} {getattr(a, name)}: give at least 1")
     check(os.environ.get("KERAS_BACKEND", "tensorflow") == "tensorflow", f"KERAS_BACKEND {os.environ.get('KERAS_BACKEND')}: graphs are written with TensorFlow; run again with KERAS_BACKEND=tensorflow (weights trained on JAX are welcome)")
@@ -175,14 +175,14 @@ def main(argv=None):
     squares = representative(a.pictures, model.network, a.representative)
     aside = out.with_name(f".{out.name}.new")
     shutil.rmtree(aside, ignore_errors=True)
-    exported, boxes = export(model, aside, a.format, a.precision, with_flags(SOURCE_CAMERA, a), 0 if a.no_nms else a.rows, a.batch_size, squares, weights)
+    exported, boxes = export(model, aside, a.format, a.precision, with_flags(CAMERA_NMS, a), 0 if a.no_nms else a.rows, a.batch_size, squares, weights)
     if not a.no_nms:
         apart = compare(exported, boxes, squares[:4])
         print(f"against Keras on {min(4, len(squares))} pictures: boxes within {apart['boxes']:.2g} px, scores within {apart['scores']:.2g}" + (f"; found by one alone: scores up to {apart['alone']:.2f}" if apart["alone"] else ""))
     if out.exists(): shutil.rmtree(out)
     os.replace(aside, out)
     size = sum(file.stat().st_size for file in out.rglob("*") if file.is_file())
-    print(f"{a.format}, {a.precision}, {model.network.image_size}², {size / 1e6:.1f} MB: {out / FILES[a.format]}; how to use it: {out / PAGE}")
+    print(f"{a.format}, {a.precision}, {model.network.image_size}², {size / 1e6:.1f} MB: {out / FILES[a.format]}; how to use it: {out / MANIFEST_NAME}")
 
 # %% ../../nbs/reference/export/main.ipynb #5993021d
 if __name__ == "__main__": run_command(main)

@@ -5,94 +5,94 @@
 # %% auto #0
 __all__ = ['FUR', 'LEAVES', 'THINGS', 'SKIES', 'WALLS', 'PANES', 'GROUNDS', 'paw', 'muzzle', 'dog', 'ball', 'lamp', 'sign',
            'bin_', 'bench', 'tree', 'bush', 'wheel', 'car', 'ramp', 'sky', 'polygon', 'hills', 'building', 'street',
-           'path', 'ground', 'backdrop', 'develop']
+           'path', 'ground', 'backdrop', 'camera_noise']
 
 # %% ../../nbs/reference/scenes/backgrounds.ipynb #16d74281
 import cv2
 import numpy as np
-from .people import CLOTH, Part, mirrored, one, pick, shade
+from .people import CLOTH, Shape, mirrored, choose, choose_color, shade
 
 # %% ../../nbs/reference/scenes/backgrounds.ipynb #8352ab5a
 FUR = (150, 100, 60), (60, 48, 42), (214, 186, 144), (236, 228, 216), (120, 116, 112), (176, 120, 72)
 
 def paw(x, dx, coat): # Part
     "A dog's leg, dx from hip to foot."
-    return Part(((x, -0.26), (x + dx, -0.022)), (0.045, 0.022), coat)
+    return Shape(((x, -0.26), (x + dx, -0.022)), (0.045, 0.022), coat)
 
 def muzzle(coat, ear): # list of Part
     "A dog's neck, head, nose, ear and eye."
-    return [Part(((0.2, -0.35), (0.29, -0.46)), (0.075, 0.06), coat), Part(((0.305, -0.47),), (0.07,), coat), Part(((0.34, -0.45), (0.42, -0.44)), (0.04, 0.03), coat),
-            Part(((0.445, -0.455),), (0.014,), (30, 26, 26)), Part(((0.27, -0.5), (0.24, -0.41)), (0.028, 0.022), ear), Part(((0.33, -0.495),), (0.011,), (30, 26, 26))]
+    return [Shape(((0.2, -0.35), (0.29, -0.46)), (0.075, 0.06), coat), Shape(((0.305, -0.47),), (0.07,), coat), Shape(((0.34, -0.45), (0.42, -0.44)), (0.04, 0.03), coat),
+            Shape(((0.445, -0.455),), (0.014,), (30, 26, 26)), Shape(((0.27, -0.5), (0.24, -0.41)), (0.028, 0.022), ear), Shape(((0.33, -0.495),), (0.011,), (30, 26, 26))]
 
 def dog(rng): # list of Part
     "A dog from the side, about half as tall as a person."
-    coat, ear, swing = pick(rng, FUR, 6), shade(pick(rng, FUR, 6), 0.7), rng.uniform(-0.1, 0.1)
+    coat, ear, swing = choose_color(rng, FUR, 6), shade(choose_color(rng, FUR, 6), 0.7), rng.uniform(-0.1, 0.1)
     far = [paw(-0.2, -swing, shade(coat, 0.78)), paw(0.2, swing, shade(coat, 0.78))]
-    body = [Part(((-0.2, -0.31), (0.18, -0.31)), (0.085, 0.1), coat), Part(((-0.27, -0.34), (-0.4, -0.46 + swing)), (0.025, 0.014), coat)]
+    body = [Shape(((-0.2, -0.31), (0.18, -0.31)), (0.085, 0.1), coat), Shape(((-0.27, -0.34), (-0.4, -0.46 + swing)), (0.025, 0.014), coat)]
     parts = [*far, *body, paw(-0.22, swing, coat), paw(0.17, -swing, coat), *muzzle(coat, ear)]
     return mirrored(parts) if rng.random() < 0.5 else parts
 
 def ball(rng): # list of Part
     "A ball with three spots or a band, about a fifth as tall as a person."
-    color, other, turn = pick(rng, CLOTH), pick(rng, CLOTH), rng.uniform(0, 2 * np.pi)
+    color, other, turn = choose_color(rng, CLOTH), choose_color(rng, CLOTH), rng.uniform(0, 2 * np.pi)
     def around(angle, far): return far * np.cos(turn + angle), -0.11 + far * np.sin(turn + angle)
-    spots = [Part((around(angle, 0.07),), (0.03,), other) for angle in (0, 2.1, 4.2)]
-    band = [Part((around(0, 0.08), around(np.pi, 0.08)), (0.026, 0.026), other)]
-    return [Part(((0, -0.11),), (0.11,), color), *one(rng, (spots, band))]
+    spots = [Shape((around(angle, 0.07),), (0.03,), other) for angle in (0, 2.1, 4.2)]
+    band = [Shape((around(0, 0.08), around(np.pi, 0.08)), (0.026, 0.026), other)]
+    return [Shape(((0, -0.11),), (0.11,), color), *choose(rng, (spots, band))]
 
 # %% ../../nbs/reference/scenes/backgrounds.ipynb #8ca88e67
 def lamp(rng): # list of Part
     "A street lamp with a round globe."
-    iron, tall = pick(rng, ((60, 64, 70), (90, 96, 96), (40, 60, 52))), rng.uniform(1.5, 2.3)
-    globe = pick(rng, ((246, 236, 198), (238, 234, 228)), 5)
-    return [Part(((0, 0), (0, -tall)), (0.035, 0.02), iron), Part(((-0.04, -0.02), (0.04, -0.02)), (0.03, 0.03), iron),
-            Part(((0, -tall - 0.05),), (0.085,), globe), Part(((-0.04, -tall - 0.14), (0.04, -tall - 0.14)), (0.02, 0.02), iron)]
+    iron, tall = choose_color(rng, ((60, 64, 70), (90, 96, 96), (40, 60, 52))), rng.uniform(1.5, 2.3)
+    globe = choose_color(rng, ((246, 236, 198), (238, 234, 228)), 5)
+    return [Shape(((0, 0), (0, -tall)), (0.035, 0.02), iron), Shape(((-0.04, -0.02), (0.04, -0.02)), (0.03, 0.03), iron),
+            Shape(((0, -tall - 0.05),), (0.085,), globe), Shape(((-0.04, -tall - 0.14), (0.04, -tall - 0.14)), (0.02, 0.02), iron)]
 
 def sign(rng): # list of Part
     "A road sign, round or oblong."
-    tall, color, round_one = rng.uniform(0.9, 1.4), pick(rng, CLOTH), rng.random() < 0.5
+    tall, color, round_one = rng.uniform(0.9, 1.4), choose_color(rng, CLOTH), rng.random() < 0.5
     wide = 0.1 if round_one else rng.uniform(0.08, 0.3)
     corners = [(-wide, -tall - 0.1), (wide, -tall - 0.1), (wide, -tall + 0.1), (-wide, -tall + 0.1)]
-    plate = Part(((0, -tall),), (0.15,), color) if round_one else Part(corners, (0.02,) * 4, color)
-    return [Part(((0, 0), (0, -tall)), (0.018, 0.018), (130, 134, 138)), plate, Part(((-wide * 0.7, -tall), (wide * 0.7, -tall)), (0.02, 0.02), (245, 245, 240))]
+    plate = Shape(((0, -tall),), (0.15,), color) if round_one else Shape(corners, (0.02,) * 4, color)
+    return [Shape(((0, 0), (0, -tall)), (0.018, 0.018), (130, 134, 138)), plate, Shape(((-wide * 0.7, -tall), (wide * 0.7, -tall)), (0.02, 0.02), (245, 245, 240))]
 
 def bin_(rng): # list of Part
     "A litter bin with a lid."
-    color = pick(rng, CLOTH)
-    return [Part(((-0.13, -0.03), (0.13, -0.03), (0.16, -0.42), (-0.16, -0.42)), (0.03,) * 4, color),
-            Part(((-0.17, -0.46), (0.17, -0.46)), (0.035, 0.035), shade(color, 0.75)), Part(((0, -0.32), (0, -0.2)), (0.05, 0.05), shade(color, 1.25))]
+    color = choose_color(rng, CLOTH)
+    return [Shape(((-0.13, -0.03), (0.13, -0.03), (0.16, -0.42), (-0.16, -0.42)), (0.03,) * 4, color),
+            Shape(((-0.17, -0.46), (0.17, -0.46)), (0.035, 0.035), shade(color, 0.75)), Shape(((0, -0.32), (0, -0.2)), (0.05, 0.05), shade(color, 1.25))]
 
 # %% ../../nbs/reference/scenes/backgrounds.ipynb #7885567b
 def bench(rng): # list of Part
     "A bench, as high as a sitting person's hip."
-    wood = pick(rng, ((150, 104, 66), (120, 88, 64), (150, 150, 148)), 8)
-    return [*(Part(((x, -0.02), (x, -0.2)), (0.02, 0.02), (70, 70, 74)) for x in (-0.24, 0.24)), Part(((-0.3, -0.215), (0.3, -0.215)), (0.025, 0.025), wood)]
+    wood = choose_color(rng, ((150, 104, 66), (120, 88, 64), (150, 150, 148)), 8)
+    return [*(Shape(((x, -0.02), (x, -0.2)), (0.02, 0.02), (70, 70, 74)) for x in (-0.24, 0.24)), Shape(((-0.3, -0.215), (0.3, -0.215)), (0.025, 0.025), wood)]
 
 LEAVES = (70, 120, 60), (98, 140, 70), (60, 100, 72), (150, 140, 60), (190, 110, 50)
 
 def tree(rng): # list of Part
     "A trunk and nine balls of leaves."
-    leaf, bark, tall = pick(rng, LEAVES, 10), pick(rng, ((92, 70, 52), (120, 104, 90)), 8), rng.uniform(1.5, 2.6)
+    leaf, bark, tall = choose_color(rng, LEAVES, 10), choose_color(rng, ((92, 70, 52), (120, 104, 90)), 8), rng.uniform(1.5, 2.6)
     places = zip(rng.uniform(-0.38, 0.38, 9), -tall + rng.uniform(-0.35, 0.4, 9), rng.uniform(0.22, 0.36, 9), rng.uniform(0.85, 1.08, 9))
-    return [Part(((0, 0), (0, -tall)), (0.09, 0.05), bark), *(Part(((x, y),), (radius,), shade(leaf, tone)) for x, y, radius, tone in places)]
+    return [Shape(((0, 0), (0, -tall)), (0.09, 0.05), bark), *(Shape(((x, y),), (radius,), shade(leaf, tone)) for x, y, radius, tone in places)]
 
 def bush(rng): # list of Part
     "Five balls of leaves in a row."
-    leaf, x = pick(rng, LEAVES[:3], 10), np.linspace(-0.3, 0.3, 5)
-    return [Part(((x[i], -rng.uniform(0.12, 0.18)),), (rng.uniform(0.12, 0.18),), shade(leaf, rng.uniform(0.85, 1.1))) for i in range(5)]
+    leaf, x = choose_color(rng, LEAVES[:3], 10), np.linspace(-0.3, 0.3, 5)
+    return [Shape(((x[i], -rng.uniform(0.12, 0.18)),), (rng.uniform(0.12, 0.18),), shade(leaf, rng.uniform(0.85, 1.1))) for i in range(5)]
 
 # %% ../../nbs/reference/scenes/backgrounds.ipynb #b6024745
 def wheel(x): # list of Part
     "A tyre and its rim."
-    return [Part(((x, -0.16),), (0.16,), (40, 40, 44)), Part(((x, -0.16),), (0.08,), (176, 178, 182))]
+    return [Shape(((x, -0.16),), (0.16,), (40, 40, 44)), Shape(((x, -0.16),), (0.08,), (176, 178, 182))]
 
 def car(rng): # list of Part
     "A car from the side."
-    color = pick(rng, CLOTH)
-    cabin = Part([(-0.62, -0.5), (-0.4, -0.78), (0.25, -0.78), (0.6, -0.5)], (0.06,) * 4, shade(color, 0.95))
-    body = Part(((-1.0, -0.24), (-0.98, -0.44), (0.6, -0.5), (1.02, -0.38), (1.04, -0.24)), (0.08,) * 5, color)
-    glass = [Part(((a, -0.54), (b, -0.73), (c, -0.73), (d, -0.54)), (0.015,) * 4, (168, 196, 208)) for a, b, c, d in ((-0.52, -0.38, -0.1, -0.1), (-0.02, -0.02, 0.22, 0.46))]
-    parts = [cabin, *glass, body, *wheel(-0.65), *wheel(0.65), Part(((1.06, -0.36),), (0.04,), (250, 240, 190))]
+    color = choose_color(rng, CLOTH)
+    cabin = Shape([(-0.62, -0.5), (-0.4, -0.78), (0.25, -0.78), (0.6, -0.5)], (0.06,) * 4, shade(color, 0.95))
+    body = Shape(((-1.0, -0.24), (-0.98, -0.44), (0.6, -0.5), (1.02, -0.38), (1.04, -0.24)), (0.08,) * 5, color)
+    glass = [Shape(((a, -0.54), (b, -0.73), (c, -0.73), (d, -0.54)), (0.015,) * 4, (168, 196, 208)) for a, b, c, d in ((-0.52, -0.38, -0.1, -0.1), (-0.02, -0.02, 0.22, 0.46))]
+    parts = [cabin, *glass, body, *wheel(-0.65), *wheel(0.65), Shape(((1.06, -0.36),), (0.04,), (250, 240, 190))]
     return mirrored(parts) if rng.random() < 0.5 else parts
 
 THINGS = tree, lamp, sign, bin_, car, bench, bush
@@ -110,7 +110,7 @@ def sky(
     horizon, # pixels from the top, 1..S-1
 ):
     "A sky and its clouds, down to the horizon."
-    image[:horizon], sheet = ramp(*one(rng, SKIES), horizon), np.zeros((32, 32), np.uint8)
+    image[:horizon], sheet = ramp(*choose(rng, SKIES), horizon), np.zeros((32, 32), np.uint8)
     for _ in range(rng.integers(0, 7)):
         x, y, wide, high, white = rng.integers((0, 1, 3, 1, 60), (32, 22, 9, 3, 170)).tolist()
         cv2.ellipse(sheet, (x, y), (wide, high), 0, 0, 360, white, -1)
@@ -129,7 +129,7 @@ def hills(rng, image, horizon):
         first, second = (np.sin(x / image.shape[1] * waves + rng.uniform(0, 6)) for waves in (5, 11))
         y = horizon - image.shape[1] * (0.1 - 0.03 * depth) * (1 + 0.5 * first + 0.3 * second)
         ridge = [*zip(x, y), (image.shape[1], horizon), (0, horizon)]
-        polygon(image, ridge, pick(rng, ((138, 156, 168), (120, 146, 132), (110, 130, 110))))
+        polygon(image, ridge, choose_color(rng, ((138, 156, 168), (120, 146, 132), (110, 130, 110))))
 
 # %% ../../nbs/reference/scenes/backgrounds.ipynb #859f0cca
 WALLS = ((214, 200, 178), (186, 110, 86), (160, 166, 172), (226, 218, 204), (128, 104, 96), (176, 186, 178), (98, 112, 132), (206, 166, 116),
@@ -138,7 +138,7 @@ PANES = (76, 92, 110), (54, 60, 72), (220, 204, 150), (150, 176, 190)
 
 def building(rng, image, left, right, horizon):
     "A house front from column left to right, with a roof's edge and windows."
-    size, wall, glass = image.shape[0], pick(rng, WALLS), pick(rng, PANES)
+    size, wall, glass = image.shape[0], choose_color(rng, WALLS), choose_color(rng, PANES)
     top, pitch = int(horizon - size * rng.uniform(0.12, 0.42)), size * rng.uniform(0.035, 0.06)
     cv2.rectangle(image, (left, top), (right, horizon - 1), wall, -1)
     cv2.rectangle(image, (left, top), (right, top + (horizon - top) // 30), shade(wall, 0.8), -1)
@@ -149,7 +149,7 @@ def building(rng, image, left, right, horizon):
 
 def street(rng, image, horizon):
     "A row of houses: none, some or many."
-    left, density = 0, one(rng, (0.0, 0.5, 1.0))
+    left, density = 0, choose(rng, (0.0, 0.5, 1.0))
     while left < image.shape[1]:
         right = left + int(image.shape[1] * rng.uniform(0.1, 0.32))
         if rng.random() < density: building(rng, image, left, right, horizon)
@@ -161,7 +161,7 @@ GROUNDS = ((122, 148, 84), (150, 150, 146), (186, 172, 138), (112, 114, 120), (1
 
 def path(rng, image, horizon):
     "A path or road to the horizon, half of them with dashes in the middle."
-    size, color = image.shape[1], pick(rng, GROUNDS)
+    size, color = image.shape[1], choose_color(rng, GROUNDS)
     far, near, half = rng.uniform(0.1, 0.9) * size, rng.uniform(-0.2, 1.2) * size, rng.uniform(0.15, 0.6) * size
     def across(t, half): # the two ends of a line across the path, t from the horizon (0) to the lower edge (1)
         x, y = far + (near - far) * t, horizon + (size - horizon) * t
@@ -172,7 +172,7 @@ def path(rng, image, horizon):
 
 def ground(rng, image, horizon):
     "The ground from the horizon down: a colour, perhaps a path, and texture."
-    size, color = image.shape[0], pick(rng, GROUNDS)
+    size, color = image.shape[0], choose_color(rng, GROUNDS)
     image[horizon:] = ramp(shade(color, 0.86), shade(color, 1.04), size - horizon)
     if rng.random() < 0.6: path(rng, image, horizon)
     for cells, strength in ((24, 0.10), (90, 0.08)):
@@ -191,7 +191,7 @@ def backdrop(
     return image
 
 # %% ../../nbs/reference/scenes/backgrounds.ipynb #278e8c21
-def develop(
+def camera_noise(
     rng,   # numpy.random.Generator
     image, # (S, S, 3) uint8
 ): # (S, S, 3) uint8

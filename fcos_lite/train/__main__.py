@@ -17,25 +17,25 @@ import time
 from pathlib import Path
 import keras
 import numpy as np
-from ..detector.pretrained import check_start, describe, load_backbone
-from ..data.batches import InMemory, most_boxes
-from .checkpoint import Stopped, identity, newest
-from ..config import NETWORKS, RECIPES, Network, Recipe, check
-from .stages import lessons_of, prepare, samples_of, source_stages, to_do
-from .datasets import batches_of, pictures_of
+from ..detector.pretrained import validate_pretrained, describe_backbone, load_pretrained_backbone
+from ..data.batches import CachedExamples, count_max_boxes
+from .checkpoint import Stopped, run_identity, latest_checkpoint
+from ..config import MODELS, RECIPES, ModelConfig, TrainConfig, check
+from .stages import plan_stages, start_stage, chunk_samples, reference_stages, remaining_stages
+from .datasets import make_batches, load_train_val
 from ..evaluate.evaluator import evaluate
-from .finetuning import start_from
+from .finetuning import transfer_weights
 from ..flags import add_flags, run_command, with_flags
-from .nan_guard import Guard, explain_memory, memory, precision_of
+from .nan_guard import NonFiniteGuard, explain_memory, estimate_memory, model_precision
 from .meeting import add_process_flags
 from .memory import keep_freed_memory, limit_gpu_memory
 from .distributed import SharedCheckpoint, alone, folder_of, run_of, seen_by
-from .callbacks import Clock, Report
+from .callbacks import TimeBudget, EpochLogger
 from .run import Run, locked
 from ..scenes.scenes import World
 from .team import Team
 from .tracking import Tracking
-from .trainer import be_deterministic, build, has_gpu, run_as_traced
+from .trainer import set_deterministic, build_model, has_gpu, disable_grappler
 from ..detector.weights import load_weights
 
 # %% ../../nbs/reference/train/main.ipynb #a342b727
@@ -64,7 +64,7 @@ def parser(): # argparse.ArgumentParser
     p.add_argument("--force", action="store_true", help="replace an earlier run in --out")
     p.add_argument("--resume", metavar="DIR", help="go on with the run in this folder, as it was asked for; a flag that says otherwise is refused, but for those of several processes and --gpu-memory-limit")
     p.add_argument("--checkpoint-seconds", type=float, default=300, metavar="N", help="between two checkpoints within an epoch (default: %(default)s)")
-    p.add_argument("--network", choices=NETWORKS, default="source", help="what is trained (default: %(default)s)")
+    p.add_argument("--network", choices=MODELS, default="source", help="what is trained (default: %(default)s)")
     p.add_argument("--recipe", choices=RECIPES, default="scratch", help="how it learns (default: %(default)s)")
     p.add_argument("--weights", metavar="NAME|PATH", help="start from these: person, the folder of a run, or a .weights.h5 file; where the classes differ, their layer is made anew")
     p.add_argument("--backbone-weights", metavar="imagenet|PATH", help="start the backbone from these: those it was published with, or a .weights.h5 file (with --backbone)")
@@ -76,8 +76,8 @@ def parser(): # argparse.ArgumentParser
     p.add_argument("--minutes", type=float, metavar="N", help="train for so long, the learning rate by the clock, in place of --epochs")
     p.add_argument("--gpu-memory-limit", type=float, metavar="MB", help="of the graphics card's memory, what TensorFlow may take; the source's limit is 3600")
     add_process_flags(p.add_argument_group("several processes, on JAX"))
-    add_flags(p.add_argument_group("the network, instead of its preset's"), Network)
-    add_flags(p.add_argument_group("the recipe, instead of its preset's"), Recipe)
+    add_flags(p.add_argument_group("the network, instead of its preset's"), ModelConfig)
+    add_flags(p.add_argument_group("the recipe, instead of its preset's"), TrainConfig)
     add_flags(p.add_argument_group("the drawn scenes"), World, skip=("size", "class_names"))
     return p
 
@@ -88,7 +88,7 @@ def estimate(
     batch_size,
 ): # str
     "How long, and how much memory, from one forward pass."
-    needed = f"{memory(model.network, model.count_params(), batch_size, precision_of(model), model.recipe.accumulate) / 1e9:.1f} GB"
+    needed = f"{estimate_memory(model.network, model.count_params(), batch_size, model_precision(model), model.recipe.accumulate) / 1e9:.1f} GB"
     if has_gpu() or not math.isfinite(steps): return f"about {needed}"   # to compile a second graph for a guess takes longer than to wait for the first epoch
     model.jit_compile = keras.backend.backend() != "tensorflow"   # as it will be trained
     squares = np.zeros((batch_size, model.network.image_size, model.network.image_size, 3), "uint8")
@@ -110,31 +110,31 @@ def learn(
     team, # `Team`, the processes that learn together
 ): # `FCOS` with its last weights
     "Everything between the data and the evaluation."
-    be_deterministic(arguments.seed)
-    lessons = lessons_of(recipe, len(train))
-    clock = Clock(lessons[0].recipe, arguments.minutes) if arguments.minutes is not None else None
-    model = build(network, recipe, arguments.seed, arguments.precision)
-    if network.backbone != "source": run.say(describe(model))
-    if not newest(run.path):
-        if arguments.backbone_weights: load_backbone(model, arguments.backbone_weights)
-        if arguments.weights: run.say(str(start_from(model, arguments.weights)))
+    set_deterministic(arguments.seed)
+    lessons = plan_stages(recipe, len(train))
+    clock = TimeBudget(lessons[0].recipe, arguments.minutes) if arguments.minutes is not None else None
+    model = build_model(network, recipe, arguments.seed, arguments.precision)
+    if network.backbone != "source": run.say(describe_backbone(model))
+    if not latest_checkpoint(run.path):
+        if arguments.backbone_weights: load_pretrained_backbone(model, arguments.backbone_weights)
+        if arguments.weights: run.say(str(transfer_weights(model, arguments.weights)))
     steps = [math.inf if clock else lesson.steps for lesson in lessons]
     duration = f"{arguments.minutes:g} minutes in steps" if clock else f"{sum(steps):,} steps"
     with alone(model): run.say(f"{model.count_params():,} parameters, {len(train):,} pictures, {duration} of {recipe.batch_size}: {estimate(model, sum(steps), recipe.batch_size)}")
-    pictures = InMemory(train, network.image_size, network.pad_value) if arguments.in_memory else train
-    report = Report(run, validation, recipe, steps, arguments.evaluate_every, clock, samples_of(lessons, train))
-    whose = identity(network, recipe, train, seed=arguments.seed, precision=str(arguments.precision), backend=keras.backend.backend())
+    pictures = CachedExamples(train, network.image_size, network.pad_value) if arguments.in_memory else train
+    report = EpochLogger(run, validation, recipe, steps, arguments.evaluate_every, clock, chunk_samples(lessons, train))
+    whose = run_identity(network, recipe, train, seed=arguments.seed, precision=str(arguments.precision), backend=keras.backend.backend())
     run.begin()
-    first = int(team.share(f"{to_do(lessons, run.path)[0].index}".encode()))   # process 0 knows where the run stands
+    first = int(team.share(f"{remaining_stages(lessons, run.path)[0].index}".encode()))   # process 0 knows where the run stands
     for lesson in lessons[first:]:
         if len(lessons) > 1: run.say(str(lesson))
         chunk = pictures[lesson.pictures] if lesson.stage.pictures else pictures
-        batches = batches_of(chunk, recipe.batch_size, image_size=network.image_size, max_boxes=most_boxes(pictures), shuffle_seed=arguments.seed, drop_last=True, pad_value=network.pad_value,
+        batches = make_batches(chunk, recipe.batch_size, image_size=network.image_size, max_boxes=count_max_boxes(pictures), shuffle_seed=arguments.seed, drop_last=True, pad_value=network.pad_value,
                           workers=arguments.workers, max_queue_size=4 * arguments.workers, part=team.share_of(recipe.batch_size))
-        prepare(model, lesson, by_clock=clock is not None)
+        start_stage(model, lesson, by_clock=clock is not None)
         report.now = lesson.index
         checkpoint = SharedCheckpoint(team, run.path, model, batches, whose, arguments.checkpoint_seconds, epoch_seconds=min(10, arguments.checkpoint_seconds), say=run.say, stage=lesson.index)
-        callbacks = [Guard(run.path, batches, say=run.say), *([clock] if clock else []), report, tracking]
+        callbacks = [NonFiniteGuard(run.path, batches, say=run.say), *([clock] if clock else []), report, tracking]
         with explain_memory(model): checkpoint.fit(UNTIL_STOPPED if clock else lesson.recipe.epochs, callbacks, verbose=int(sys.stdout.isatty()))
         if batches.lost: run.say(str(batches.report))
     return model
@@ -172,7 +172,7 @@ def main(argv=None): # the evaluation, as `evaluation.json` holds it; None witho
     arguments = parser().parse_args(argv)
     if argv is None:   # the process is our own
         keep_freed_memory()
-        run_as_traced()
+        disable_grappler()
     limit = arguments.gpu_memory_limit
     if arguments.resume and limit is None:
         with contextlib.suppress(OSError, ValueError, AttributeError):   # `reopen` says what is wrong with it
@@ -187,13 +187,13 @@ def run_with(
 ): # the evaluation; None without one, and in all processes but the first
     folder = arguments.resume or arguments.out or time.strftime("runs/%Y-%m-%d-%H%M%S")
     if arguments.resume: run, network, recipe, arguments = reopen(folder_of(team, folder), wishes)
-    else: run, network, recipe = None, with_flags(NETWORKS[arguments.network], arguments), with_flags(RECIPES[arguments.recipe], arguments)
-    train, validation = pictures_of(arguments, network, recipe.validation_share)
+    else: run, network, recipe = None, with_flags(MODELS[arguments.network], arguments), with_flags(RECIPES[arguments.recipe], arguments)
+    train, validation = load_train_val(arguments, network, recipe.validation_share)
     if run is None:
         if arguments.recipe == "source" and not recipe.stages and arguments.minutes is None and not hasattr(arguments, "epochs"):
-            recipe = dataclasses.replace(recipe, stages=source_stages(len(train)))
-        check_start(network, arguments.backbone_weights)
-        lessons = lessons_of(recipe, len(train))   # what these pictures cannot fill is refused before there is a folder
+            recipe = dataclasses.replace(recipe, stages=reference_stages(len(train)))
+        validate_pretrained(network, arguments.backbone_weights)
+        lessons = plan_stages(recipe, len(train))   # what these pictures cannot fill is refused before there is a folder
         check(arguments.minutes is None or len(lessons) == 1, "--minutes: a clock knows one stage only; leave out --minutes, or the stages (--epochs N is one stage)")
         run = run_of(team, folder, arguments.force)
         run.write_config(network, recipe, vars(arguments))

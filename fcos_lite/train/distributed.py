@@ -15,7 +15,7 @@ import time
 from pathlib import Path
 import keras
 import numpy as np
-from .checkpoint import LAST, Checkpoint, newest, state_of, strangeness, variables_of
+from .checkpoint import LAST, Checkpoint, latest_checkpoint, model_state, diff_identity, model_variables
 from ..config import check
 from .run import Run
 
@@ -27,7 +27,7 @@ def alone(model): # keras.Model, compiled, its optimizer built -> {name: array}:
     if distribution is None:
         yield changed
         return
-    ours = {name: (variable, variable.value, variable._layout) for name, variable in variables_of(model).items()}
+    ours = {name: (variable, variable.value, variable._layout) for name, variable in model_variables(model).items()}
     keras.distribution.set_distribution(None)
     before = {}
     for name, (variable, value, _) in ours.items():
@@ -58,7 +58,7 @@ class Together(keras.callbacks.Callback):
             with alone(model) as changed: self.call(event, *arguments)
         decided = {"stop": model.stop_training, "changed": {name: array.tolist() for name, array in changed.items()}}
         decided = json.loads(self.team.share(json.dumps(decided).encode()))
-        model.stop_training, own = decided["stop"], variables_of(model)
+        model.stop_training, own = decided["stop"], model_variables(model)
         for name, value in decided["changed"].items(): own[name].assign(np.array(value, own[name].dtype))
 
     def set_model(self, model):
@@ -82,7 +82,7 @@ class SharedCheckpoint(Checkpoint):
     def __init__(self, team, *arguments, **named): # Team; as Checkpoint takes them
         super().__init__(*arguments, **named)
         self.team = team
-        strange = strangeness(json.loads(team.share(json.dumps(self.identity).encode())), self.identity)
+        strange = diff_identity(json.loads(team.share(json.dumps(self.identity).encode())), self.identity)
         check(not strange, f"{team} was asked for another run than process 0: {'; '.join(strange)}; give all the same flags and the same data")
 
     def fit(self, epochs, callbacks=(), **arguments):
@@ -94,7 +94,7 @@ class SharedCheckpoint(Checkpoint):
         self.saved, self.saved_step = time.monotonic(), self.step
 
     def restore(self):
-        last = newest(self.folder)
+        last = latest_checkpoint(self.folder)
         data = self.team.share(last.read_bytes() if self.team.first and last else b"")
         if not self.team.first: (self.folder / LAST).write_bytes(data) if data else (self.folder / LAST).unlink(missing_ok=True)
         found = super().restore()
@@ -103,7 +103,7 @@ class SharedCheckpoint(Checkpoint):
 
     def compare(self):
         "Raises `InputError` where this process would begin from other numbers than process 0."
-        ours = hashlib.sha256(b"".join(array.tobytes() for array in state_of(self.model).values())).hexdigest()
+        ours = hashlib.sha256(b"".join(array.tobytes() for array in model_state(self.model).values())).hexdigest()
         check(self.team.share(ours.encode()).decode() == ours, f"{self.team}: its model begins with other numbers than that of process 0; give all the same --weights, and the same versions of Keras and JAX")
 
     def on_train_batch_end(self, batch, logs=None):
