@@ -6,7 +6,7 @@ export TF_CPP_MIN_LOG_LEVEL ?= 3
 # COCO is a folder in COCO's layout: train2017/, val2017/, annotations/. person-gpu installs JAX with CUDA
 COCO ?= coco
 MINUTES ?= 14
-PERSON := $(BIN)/python -u -m fcos_lite.train --coco $(COCO) --recipe long --image-size 384 --scale-start 1 --ltrb-bias 0 --in-memory
+PERSON := $(BIN)/python -u -m fcos_lite.train --coco $(COCO) --recipe long --image-size 384 --scale-init 1 --ltrb-bias 0 --in-memory
 ON_GPU := KERAS_BACKEND=jax $(PERSON) --precision mixed_bfloat16 --workers 8 --evaluate-every 0
 
 .PHONY: setup demo test test-slow prepare docs bench person person-gpu person-rehearsal clean

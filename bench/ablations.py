@@ -28,8 +28,8 @@ from fcos_lite.scenes.scenes import Scenes, World
 
 HERE = Path(__file__).resolve().parent
 FILE = HERE / "ablations.json"
-DIFFERENCES = { # what a run without it is called: the fields of the recipe that it has from the source; all but `patience` and `monitor`, which only say when to stop
-    "the source's rates": ("peak_rate", "final_rate", "warmup_steps"),
+DIFFERENCES = { # what a run without it is called: the fields of the recipe that it has from the source; all but `patience` and `monitor`, which only log when to stop
+    "the source's rates": ("learning_rate", "min_learning_rate", "warmup_steps"),
     "an update per 8 × 4 pictures": ("batch_size", "accumulate"),
     "a tenth of the weight decay": ("weight_decay",),
     "level areas not scaled": ("level_rule",),
@@ -40,7 +40,7 @@ DIFFERENCES = { # what a run without it is called: the fields of the recipe that
     "no mirror": ("flip",),
     "no zoom": ("zoom",),
 }
-FIRST_VALUES = {"scale_start": 1.0, "ltrb_bias": 0.0} # of the network: ours, in neither recipe
+FIRST_VALUES = {"scale_init": 1.0, "ltrb_bias": 0.0} # of the network: ours, in neither recipe
 SCENES = {"min_height": 20, "max_people": 3} # a little easier than the book's, as so few views ask
 UNSEEN_SEED = 100 # of the scenes that are measured on; training validates on seeds of its own
 SEEDS = (0, 1, 2) # of `scratch` as it is: how much is chance; a seed draws other scenes to learn from, too
@@ -63,7 +63,7 @@ def write_crowds(folder, a):
 
 def plan(photographs, crowds): # [(name, fields that are changed, seed)]
     "All runs of a table; most scenes have no crowds, so there that switch would change nothing."
-    if crowds: return [run for seed in SEEDS for run in (("scratch", {}, seed), ("crowds as background", {"crowd": REFERENCE_RECIPE.crowd}, seed))]
+    if crowds: return [run for seed in SEEDS for run in (("scratch", {}, seed), ("crowds as background", {"crowd": REFERENCE_RECIPE.targets.crowd_policy}, seed))]
     kept = {name: {field: getattr(REFERENCE_RECIPE, field) for field in fields} for name, fields in DIFFERENCES.items() if photographs or fields != ("crowd",)}
     return [*(("scratch", {}, seed) for seed in SEEDS), *((name, fields, SEEDS[0]) for name, fields in kept.items()), ("scratch, other first values", FIRST_VALUES, SEEDS[0])]
 

@@ -69,7 +69,7 @@ def one_thread(batches, passes):
 def measure(network, batch_size, steps, passes, rounds):
     "Pictures a second of each way, in turns, and the shares of a training step that ours take."
     size, count = network.image_size, batch_size * steps
-    storage, recipe = RecordConfig(image_size=size), replace(SCRATCH_RECIPE, batch_size=batch_size)
+    storage, recipe = RecordConfig(image_size=size), SCRATCH_RECIPE.change(batch_size=batch_size)
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
         examples = photographs(folder / "files", count)

@@ -52,12 +52,12 @@ def frame(): # (480, 640, 3) uint8 RGB, people in it
 
 def in_parts(model, picture, rounds):
     "Milliseconds of each step, medians, measured in turns; decoding and NMS take what the network says of this picture."
-    size, fit = model.network.image_size, Letterbox.fit(picture.shape[1], picture.shape[0], model.network.image_size)
+    size, fit = model.config.image_size, Letterbox.fit(picture.shape[1], picture.shape[0], model.config.image_size)
     bare, coded = tf.function(lambda image: model(image)), picture[..., ::-1].copy()
-    square, t = fit.apply(picture, model.network.pad_value)[None], CAMERA_NMS
-    after = tf.function(lambda outputs: nms(*decode(outputs, size, model.network.strides), t.iou, t.score, t.max_per_class, t.candidates))
+    square, t = fit.apply(picture, model.config.pad_value)[None], CAMERA_NMS
+    after = tf.function(lambda outputs: nms(*decode(outputs, size, model.config.strides), t.iou, t.score, t.max_per_class, t.candidates))
     outputs = bare(tf.constant(square))
-    steps = {"read": lambda: cv2.cvtColor(coded.copy(), cv2.COLOR_BGR2RGB), "letterbox": lambda: fit.apply(picture, model.network.pad_value),
+    steps = {"read": lambda: cv2.cvtColor(coded.copy(), cv2.COLOR_BGR2RGB), "letterbox": lambda: fit.apply(picture, model.config.pad_value),
              "network": lambda: {name: value.numpy() for name, value in bare(tf.constant(square)).items()}, "decoding and NMS": lambda: {name: value.numpy() for name, value in after(outputs).items()},
              "draw and resize": lambda: draw_fps(fit_to_screen(result.draw(), 1280, 720), 10, 0.1)}
     result, rows = model.detect(picture), []
@@ -98,12 +98,12 @@ def main():
     parser.add_argument("--tiny", action="store_true", help="a tiny network, to rehearse")
     a = parser.parse_args()
     model = FCOS(TINY) if a.tiny else FCOS.from_preset("person")
-    if a.image_size and not a.tiny: model = FCOS(replace(model.network, image_size=a.image_size))
+    if a.image_size and not a.tiny: model = FCOS(replace(model.config, image_size=a.image_size))
     picture = frame()
     parts = in_parts(model, picture, a.pictures)
     late, plainly, rate = latency(model, picture, a.pictures, a.rate)
     milliseconds = lambda values, share: round(1000 * float(np.quantile(values, share)), 1)
-    print(json.dumps({"image_size": model.network.image_size, "people": len(model.detect(picture)), "milliseconds": parts, "frames_per_second": round(rate, 2), "latency_ms": milliseconds(late, 0.5),
+    print(json.dumps({"image_size": model.config.image_size, "people": len(model.detect(picture)), "milliseconds": parts, "frames_per_second": round(rate, 2), "latency_ms": milliseconds(late, 0.5),
                       "latency_95_ms": milliseconds(late, 0.95), "plain_latency_ms": milliseconds(plainly, 0.5), "latency_over_work": round(float(np.median(late)) * 1000 / sum(parts.values()), 2)}))
 
 if __name__ == "__main__": main()

@@ -49,7 +49,7 @@ def write_all(folder, size, batch_size, tiny):
     "Every kind of export, each in a folder of its own."
     from fcos_lite.export.__main__ import export, representative, shrink
     model, weights = detector(size, tiny)
-    squares = representative(None, model.network, 8 if tiny else 32, seed=1)
+    squares = representative(None, model.config, 8 if tiny else 32, seed=1)
     with contextlib.redirect_stdout(sys.stderr):
         for format, precision in KINDS:
             if precision == "float32": export(model, folder / f"{format}-float32", format, batch_size=batch_size, weights=weights)

@@ -24,7 +24,7 @@ def measure(model, examples, storage):
     for example in kept: example.read()
     milliseconds = 1e3 * (time.process_time() - began) / len(kept)
     (found,), losses = predict(model, kept, thresholds=(COCO_NMS,))
-    figures = coco_evaluation(kept, found, model.network.class_names)[0]
+    figures = coco_evaluation(kept, found, model.config.class_names)[0]
     return [sum(map(len, data)) / len(data) / 1e3, milliseconds, *(figures[name] for name in ("AP", "AP50", "AP75", "APs")), losses["loss"]]
 
 def main():
@@ -35,10 +35,10 @@ def main():
     parser.add_argument("--weights", default="person", metavar="NAME|PATH")
     a = parser.parse_args()
     model = FCOS.from_preset(a.weights)
-    examples = read_coco(a.coco, a.part, model.network.class_names, a.limit)
-    print(f"{len(examples)} photographs, {sum((e.labels >= 0).sum() for e in examples)} people, squares of {model.network.image_size}\n\n| kept as | kB | ms to decode | AP | AP50 | AP75 | APs | loss |\n|---|---|---|---|---|---|---|---|")
+    examples = read_coco(a.coco, a.part, model.config.class_names, a.limit)
+    print(f"{len(examples)} photographs, {sum((e.labels >= 0).sum() for e in examples)} people, squares of {model.config.image_size}\n\n| kept as | kB | ms to decode | AP | AP50 | AP75 | APs | loss |\n|---|---|---|---|---|---|---|---|")
     for name, how in WAYS.items():
-        size, milliseconds, *figures = measure(model, examples, RecordConfig(image_size=model.network.image_size, **how))
+        size, milliseconds, *figures = measure(model, examples, RecordConfig(image_size=model.config.image_size, **how))
         print(f"| {name} | {size:.1f} | {milliseconds:.2f} | " + " | ".join(f"{value:.4f}" for value in figures) + " |", flush=True)
 
 if __name__ == "__main__": main()

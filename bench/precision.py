@@ -38,9 +38,9 @@ def main():
     parser.add_argument("--keep", action="store_true", help="put the figures into results.json, which run.py makes its tables of")
     a = parser.parse_args()
     model, weights = load_at(a.weights)
-    names, size = model.network.class_names, model.network.image_size
+    names, size = model.config.class_names, model.config.image_size
     examples = read_dataset(a.coco, a.part, names, a.limit)
-    squares = representative([str(Path(a.coco) / a.learn)], model.network, a.representative)
+    squares = representative([str(Path(a.coco) / a.learn)], model.config, a.representative)
     print(f"{len(examples)} photographs, {sum((e.labels >= 0).sum() for e in examples)} people, squares of {size}; int8 saw {len(squares)} others\n\n| run as | MB | {' | '.join(NAMES)} |\n|---|---|{'---|' * len(NAMES)}")
     rows = {}
     def row(name, found, megabytes=""):

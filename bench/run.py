@@ -56,7 +56,7 @@ def bare_step(model):
 
 def training_step(size, batch_size, rounds):
     "Our whole training step, from NumPy arrays to updated weights, against the bare forward and backward pass."
-    model = FCOS(replace(REFERENCE, image_size=size), replace(SCRATCH_RECIPE, batch_size=batch_size))
+    model = FCOS(replace(REFERENCE, image_size=size), SCRATCH_RECIPE.change(batch_size=batch_size))
     compile_for_training(model, 1000)
     batch = Batches(Scenes(batch_size, 0, World(size=size)), batch_size, size)[0]
     step = bare_step(model)

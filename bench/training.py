@@ -65,7 +65,7 @@ def bare_pass(model, image):
 def whole_loop(network, batch_size, steps, rounds, against_document):
     "Images per second of `fit` with input, augmentation and metrics, of the bare pass, and of the document's loop."
     with tempfile.TemporaryDirectory() as folder, open(os.devnull, "w") as nowhere:
-        folder, recipe = Path(folder), replace(SCRATCH_RECIPE, batch_size=batch_size)
+        folder, recipe = Path(folder), SCRATCH_RECIPE.change(batch_size=batch_size)
         examples = photographs(folder, batch_size * steps, network.image_size)
         batches = Batches(examples, batch_size, network.image_size, shuffle_seed=0)
         model = build_model(network, recipe, precision="float32")

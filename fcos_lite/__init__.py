@@ -10,5 +10,5 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")   # TensorFlow's greetings wo
 def __getattr__(name):
     "`from fcos_lite import FCOS`, without loading Keras before it is wanted."
     if name != "FCOS": raise AttributeError(f"module 'fcos_lite' has no attribute {name!r}")
-    from fcos_lite.model import FCOS
+    from fcos_lite.detector.model import FCOS
     return FCOS

@@ -24,7 +24,7 @@ from .visualize.drawing import draw_boxes, tile_images
 # %% ../nbs/reference/foundation/demo.ipynb #a8134e4f
 WORLD = World(size=96, min_height=36, max_height=82, max_people=2, max_dogs=1, max_balls=1, max_things=3, min_visible=0.7)
 FLAGS = ("--image-size 96 --min-height 36 --max-height 82 --max-people 2 --max-dogs 1 --max-balls 1 --max-things 3 --min-visible 0.7 "
-         "--scenes 2000 --epochs 4 --batch-size 8 --peak-rate 2e-3 --warmup-steps 100 --zoom 1 1 --level-rule area --scale-start 1 --ltrb-bias 0 --evaluate-every 4").split()
+         "--scenes 2000 --epochs 4 --batch-size 8 --learning-rate 2e-3 --warmup-steps 100 --zoom 1 1 --level-rule area --scale-init 1 --ltrb-bias 0 --evaluate-every 4").split()
 
 # %% ../nbs/reference/foundation/demo.ipynb #3f7cb18a
 def write_unseen(

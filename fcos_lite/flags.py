@@ -7,13 +7,14 @@ __all__ = ['field_comments', 'optional', 'flag_options', 'add_flags', 'with_flag
 
 # %% ../nbs/reference/foundation/flags.ipynb #d2fb8721
 import argparse
+import functools
 import dataclasses
 import inspect
 import re
 import sys
 import types
 import typing
-from .config import CHOICES, InputError, check
+from .config import InputError, TrainConfig, check
 
 # %% ../nbs/reference/foundation/flags.ipynb #9201135a
 def field_comments(
@@ -41,7 +42,7 @@ def flag_options(
     if several: return {"nargs": "+", "type": several, "metavar": "X"}
     if isinstance(kind, types.UnionType): return {"type": optional(typing.get_args(kind)[0]), "metavar": "X"}
     if kind is bool: return {"action": argparse.BooleanOptionalAction}
-    return {"type": kind, "metavar": "X", "choices": CHOICES.get(field.name)}
+    return {"type": kind, "metavar": "X", "choices": typing.get_args(kind) or None} if typing.get_origin(kind) is not typing.Literal else {"choices": typing.get_args(kind)}
 
 # %% ../nbs/reference/foundation/flags.ipynb #ad1a778c
 def add_flags(
@@ -53,6 +54,9 @@ def add_flags(
     comments = field_comments(cls)
     for field in dataclasses.fields(cls):
         if field.name in skip: continue
+        if dataclasses.is_dataclass(field.default):
+            add_flags(parser, type(field.default))
+            continue
         name = "stage" if field.name == "stages" else field.name
         parser.add_argument("--" + name.replace("_", "-"), dest=field.name, default=argparse.SUPPRESS,
                             help=comments.get(field.name, "").replace("%", "%%"), **flag_options(field))
@@ -64,7 +68,9 @@ def with_flags(
 ): # a changed copy of the preset
     "A preset with the fields that were given on the command line."
     given = {f.name: getattr(arguments, f.name) for f in dataclasses.fields(preset) if hasattr(arguments, f.name)}
-    return dataclasses.replace(preset, **{k: tuple(v) if isinstance(v, list) else v for k, v in given.items()})
+    if isinstance(preset, TrainConfig): given = {name: getattr(arguments, name) for name in preset.flat() if hasattr(arguments, name)}
+    change = preset.change if isinstance(preset, TrainConfig) else functools.partial(dataclasses.replace, preset)
+    return change(**{k: tuple(v) if isinstance(v, list) else v for k, v in given.items()})
 
 # %% ../nbs/reference/foundation/flags.ipynb #c4c444d7
 def run_command(

@@ -12,7 +12,7 @@ from fcos_lite.detector import pretrained as backbones
 from fcos_lite.config import SCRATCH_RECIPE, InputError, ModelConfig
 
 NETWORK = ModelConfig(image_size=64, backbone="stranger", pyramid_channels=16, pyramid_groups=4, tower_depth=1, tower_channels=16, tower_groups=4)
-RECIPE = dataclasses.replace(SCRATCH_RECIPE, batch_size=2, accumulate=1, peak_rate=0.01, weight_decay=0.0)
+RECIPE = SCRATCH_RECIPE.change(batch_size=2, gradient_accumulation_steps=1, learning_rate=0.01, weight_decay=0.0)
 
 def stranger(size): # pixels -> keras.Model
     "Halves the picture five times, with batch normalisation and dropout, as strangers do."

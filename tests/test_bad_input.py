@@ -71,7 +71,7 @@ def empty(folder):
 def bare(folder):
     for file in sorted(folder.rglob("*"), reverse=True): file.rmdir() if file.is_dir() else file.unlink()
 
-# name: (how the folder is broken, what the message must say)
+# name: (how the folder is broken, what the message must log)
 STOPS = {
     "folder missing":          (lambda f: f.rename(f.with_name("gone")), ["coco: no such folder", "in the layout of COCO, YOLO or Pascal VOC"]),
     "folder empty":            (bare, ["coco: no layout that is known", "annotations/*.json", "this folder has nothing"]),
@@ -259,7 +259,7 @@ def test_flags_that_cannot_be_used(flags, needles, coco, monkeypatch):
     said = message(lambda: train_on(coco, *flags))
     for needle in needles: assert needle in said
 
-@pytest.mark.parametrize("flags", [["--image-size", "large"], ["--no-such-flag"], ["--network", "huge"], ["--batch-size"]], ids=" ".join)
+@pytest.mark.parametrize("flags", [["--image-size", "large"], ["--no-such-flag"], ["--model", "huge"], ["--batch-size"]], ids=" ".join)
 def test_flags_that_are_none_exit_with_2(flags, coco, capsys):
     with pytest.raises(SystemExit) as stopped: train_on(coco, *flags)
     assert stopped.value.code == 2 and flags[0] in capsys.readouterr().err

@@ -64,7 +64,7 @@ def numbers(camera, polite=None): # of all frames, and the sentence at the end
     return seen, None
 
 def watch_slowly(shelf, **how):
-    with Camera(0, wait=1.0, pause=0.001, opener=shelf, say=lambda line: None, **how) as camera: return numbers(camera)
+    with Camera(0, wait=1.0, pause=0.001, opener=shelf, log=lambda line: None, **how) as camera: return numbers(camera)
 
 def test_a_camera_that_stalls_ends_with_a_sentence_and_not_with_silence():
     stuck = Played([1, 2, HANG])
@@ -80,7 +80,7 @@ def test_a_camera_that_stalls_ends_with_a_sentence_and_not_with_silence():
 def test_a_camera_that_comes_back_goes_on_and_may_have_grown():
     stuck, back = Played([1, HANG]), Played([3, 4], width=96, polite=True)
     lines = []
-    with Camera(0, wait=1.0, pause=0.001, opener=Shelf(stuck, None, back), say=lines.append, tries=4) as camera: seen, sentence = numbers(camera, back)
+    with Camera(0, wait=1.0, pause=0.001, opener=Shelf(stuck, None, back), log=lines.append, tries=4) as camera: seen, sentence = numbers(camera, back)
     assert [number for number, _ in seen] == [1, 3, 4] and "lost" in sentence
     assert [frame.image.shape[1] for _, frame in seen] == [64, 96, 96]
     assert lines[:2] == ["camera:0: lost; trying to open it again", "camera:0: is back"]
@@ -90,13 +90,13 @@ def test_a_camera_that_comes_back_goes_on_and_may_have_grown():
 
 def test_torn_frames_are_left_out():
     torn = Played([1, "bad", 2, "empty", "error", "bad", 3], polite=True)
-    with Camera(0, wait=20, pause=0.001, opener=Shelf(torn), say=lambda line: None, tries=1) as camera: seen, _ = numbers(camera, torn)
+    with Camera(0, wait=20, pause=0.001, opener=Shelf(torn), log=lambda line: None, tries=1) as camera: seen, _ = numbers(camera, torn)
     assert [number for number, _ in seen] == [1, 2, 3]
 
 def test_a_slow_viewer_sees_new_frames_and_the_last():
     played = Played(range(60), gap=0.002)
     seen = []
-    with Camera(0, wait=1, opener=Shelf(played), say=lambda line: None, tries=0) as camera:
+    with Camera(0, wait=1, opener=Shelf(played), log=lambda line: None, tries=0) as camera:
         with pytest.raises(InputError, match="lost"):
             for frame in camera:
                 seen.append(int(frame.image[0, 0, 0]))

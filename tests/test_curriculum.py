@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 
 TINY = """--image-size 32 --strides 16 32 --stem-filters 8 --stem-groups 2 --backbone-filters 8 8 8 8 --backbone-blocks 1 1 1 1 --backbone-groups 4 --pyramid-channels 16 --pyramid-groups 4
- --tower-depth 1 --tower-channels 16 --tower-groups 4 --level-areas 256 --batch-size 2 --accumulate 3 --min-height 20 --max-height 30 --max-people 1 --max-dogs 0 --max-balls 0 --empty-share 0 --min-visible 0.9 --rescue-lost --scenes 9 --precision float32""".split()
+ --tower-depth 1 --tower-channels 16 --tower-groups 4 --level-areas 256 --batch-size 2 --gradient-accumulation-steps 3 --min-height 20 --max-height 30 --max-people 1 --max-dogs 0 --max-balls 0 --empty-share 0 --min-visible 0.9 --assign-nearest-if-empty --scenes 9 --precision float32""".split()
 # the first stage cannot get better, for its rate is 0: patience ends it after three of nine epochs
-STAGES = ["--stage", "name=still pictures=0:4 epochs=9 peak_rate=0 final_rate=0", "--stage", "pictures=4:8 epochs=2 peak_rate=0.01",
-          "--stage", "name=all epochs=1 peak_rate=1e-3 constant=yes pace_heads=10 freeze=fpn"]
-PATIENT = ["--patience", "2", "--monitor", "val_loss", "--average", "0.5"]
-BEGIN = [*TINY, *STAGES, *PATIENT, "--scenes", "11", "--accumulate", "4"]
+STAGES = ["--stage", "name=still images=0:4 epochs=9 learning_rate=0 min_learning_rate=0", "--stage", "images=4:8 epochs=2 learning_rate=0.01",
+          "--stage", "name=all epochs=1 learning_rate=1e-3 constant=yes heads_lr_multiplier=10 freeze=fpn"]
+PATIENT = ["--early-stopping-patience", "2", "--monitor", "val_loss", "--ema-momentum", "0.5"]
+BEGIN = [*TINY, *STAGES, *PATIENT, "--scenes", "11", "--gradient-accumulation-steps", "4"]
 STEPS = 3 * 2 + 2 * 2 + 5       # 11 pictures are five batches of two
 
 class Killed(BaseException):
@@ -116,19 +116,19 @@ def test_the_source_s_curriculum_number_for_number():
     from fcos_lite.config import REFERENCE_RECIPE
     from fcos_lite.train.stages import plan_stages, reference_stages
     from fcos_lite.train.trainer import schedule_for
-    lessons = plan_stages(dataclasses.replace(REFERENCE_RECIPE, stages=reference_stages(38_800)), 38_800)
+    lessons = plan_stages(REFERENCE_RECIPE.change(stages=reference_stages(38_800)), 38_800)
     assert [(lesson.pictures.start, lesson.pictures.stop) for lesson in lessons] == [(0, 10_000), (10_000, 20_000), (20_000, 30_000), (30_000, 38_800), (0, 38_800)]
     assert [lesson.recipe.epochs for lesson in lessons] == [30] * 4 + [10]
     assert [lesson.steps for lesson in lessons] == [75_000] * 3 + [66_000, 97_000]          # of four pictures
     for lesson in lessons[:4]:
         schedule = schedule_for(lesson.recipe, lesson.steps)
-        assert (schedule.peak_rate, schedule.final_rate, schedule.start_rate) == (5e-5, 2.5e-7, 2.5e-7)
+        assert (schedule.learning_rate, schedule.min_learning_rate, schedule.start_rate) == (5e-5, 2.5e-7, 2.5e-7)
         assert schedule.warmup_steps == lesson.steps // 20                                  # shorter than 20 warm-ups of 5,000
-        assert (lesson.recipe.pace_fpn, lesson.recipe.pace_heads) == (1, 1)
+        assert (lesson.recipe.optimizer.fpn_lr_multiplier, lesson.recipe.optimizer.heads_lr_multiplier) == (1, 1)
     rates = np.array(schedule_for(lessons[4].recipe, lessons[4].steps)(np.arange(0, 97_000, 1000)))
     np.testing.assert_allclose(rates, 1e-6, rtol=1e-6)
-    assert lessons[4].recipe.pace_fpn * 1e-6 == 1e-6 and lessons[4].recipe.pace_heads * 1e-6 == pytest.approx(1e-5, rel=1e-12)
-    assert all((lesson.recipe.batch_size, lesson.recipe.accumulate, lesson.recipe.weight_decay, lesson.recipe.clip_norm, lesson.recipe.patience) == (4, 8, 5e-3, 10.0, 7) for lesson in lessons)
+    assert lessons[4].recipe.fpn_lr_multiplier * 1e-6 == 1e-6 and lessons[4].recipe.heads_lr_multiplier * 1e-6 == pytest.approx(1e-5, rel=1e-12)
+    assert all((lesson.recipe.batch_size, lesson.recipe.optimizer.gradient_accumulation_steps, lesson.recipe.optimizer.weight_decay, lesson.recipe.optimizer.clip_norm, lesson.recipe.early_stopping_patience) == (4, 8, 5e-3, 10.0, 7) for lesson in lessons)
 
 def test_the_run_goes_through_its_stages_by_itself(seen):
     rows = seen["rows"]
@@ -166,9 +166,9 @@ def test_what_belongs_to_another_run_is_refused_and_nothing_is_touched(seen):
     assert not seen["touched"]
 
 @pytest.mark.parametrize("change, words", [
-    ({"learning_rate": 1.0}, "no field recipe.learning_rate"), ({"peak_rate": -1.0}, "peak_rate -1.0: must not be negative"),
+    ({"learning_rate": 1.0}, "no field recipe.optimizer.learning_rate"), ({"learning_rate": -1.0}, "learning_rate -1.0: must not be negative"),
     ({"stages": [{"pictures": [0, 6]}, {"pictures": [4, 8]}]}, "0:6 and 4:8 overlap"), ({"stages": [{"speed": 3}]}, "there is no field speed"),
-    ({"stages": [{"peak_rate": -1.0}]}, "peak_rate -1.0: must not be negative")])
+    ({"stages": [{"learning_rate": -1.0}]}, "learning_rate -1.0: must not be negative")])
 def test_a_configuration_that_means_nothing_is_refused(tmp_path, change, words):
     from fcos_lite.train import __main__ as train
     from fcos_lite.config import SCRATCH_RECIPE, REFERENCE, InputError
@@ -182,8 +182,8 @@ def test_a_configuration_that_means_nothing_is_refused(tmp_path, change, words):
     assert [path.name for path in run.path.iterdir()] == ["config.json"] and (run.path / "config.json").read_bytes() == before
 
 @pytest.mark.parametrize("flags, words", [
-    (["--stage", "pictures=0:6", "--stage", "pictures=4:8"], "overlap"), (["--stage", "pictures=0:6 speed=3"], "there is no field speed"), (["--stage", "peak_rate=-1"], "must not be negative"),
-    (["--stage", "pictures=5:12"], "there are only 9 to learn from; end it at 9"), (["--stage", "pictures=20:30"], "leave it out"), (["--stage", "pictures=0:1"], "fewer than one batch"),
+    (["--stage", "images=0:6", "--stage", "images=4:8"], "overlap"), (["--stage", "images=0:6 speed=3"], "there is no field speed"), (["--stage", "learning_rate=-1"], "must not be negative"),
+    (["--stage", "images=5:12"], "there are only 9 to learn from; end it at 9"), (["--stage", "images=20:30"], "leave it out"), (["--stage", "images=0:1"], "fewer than one batch"),
     (["--stage", "pictures=many"], "pictures cannot be many"), (["--minutes", "1", *STAGES], "a clock knows one stage only")])
 def test_stages_that_mean_nothing_are_refused_before_there_is_a_folder(tmp_path, flags, words):
     from fcos_lite.train import __main__ as train
@@ -200,9 +200,9 @@ def test_the_source_s_recipe_follows_its_curriculum_and_epochs_mean_one_stage(tm
     monkeypatch.setattr(train, "learn", stop)
     asked = []
     for number, flags in enumerate(([], ["--epochs", "4"], ["--recipe", "scratch"], ["--stage", "epochs=2"])):
-        with pytest.raises(Enough): train.main([*TINY, "--recipe", "source", *flags, "--out", str(tmp_path / str(number))])
+        with pytest.raises(Enough): train.main([*TINY, "--recipe", "reference", *flags, "--out", str(tmp_path / str(number))])
     assert all(ours == kept for ours, kept in asked)                      # config.json has the stages, so --resume has
-    assert [[(stage.pictures, stage.epochs) for stage in recipe.stages] for recipe, _ in asked] == [[((0, 9), 30), ((), 10)], [], [], [((), 2)]]
+    assert [[(stage.images, stage.epochs) for stage in recipe.stages] for recipe, _ in asked] == [[((0, 9), 30), ((), 10)], [], [], [((), 2)]]
     assert asked[1][0].epochs == 4
 
 def test_two_processes_cannot_train_in_one_folder(tmp_path):
@@ -226,7 +226,7 @@ def test_a_disk_that_is_really_full_keeps_the_rows_and_says_so(tmp_path):
     with pytest.raises(InputError, match="metrics.csv: cannot be written .No space left on device.*--resume"): run.write_row({"epoch": 2, "loss": 1.0})
     assert [row["epoch"] for row in run.rows()] == [1] and not aside.is_symlink()
     (tmp_path / "log.txt").symlink_to("/dev/full")
-    with pytest.raises(InputError, match="log.txt: cannot be written .No space left on device"): run.say("hello")
+    with pytest.raises(InputError, match="log.txt: cannot be written .No space left on device"): run.log("hello")
 
 @pytest.mark.slow
 def test_a_real_kill_between_stages_and_inside_one(tmp_path):

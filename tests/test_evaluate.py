@@ -228,7 +228,7 @@ def test_validation_losses_do_not_depend_on_the_batches(weighting, normalizer):
     from fcos_lite.evaluate.evaluator import predict
     from fcos_lite.detector.model import FCOS
     model = FCOS(replace(REFERENCE, image_size=64, strides=(16, 32), stem_filters=8, stem_groups=2, backbone_filters=(8, 8, 8, 8), backbone_blocks=(1, 1, 1, 1), backbone_groups=4, pyramid_channels=16,
-                         pyramid_groups=4, tower_depth=1, tower_channels=16, tower_groups=4), replace(SCRATCH_RECIPE, level_areas=(1024,), ltrb_weighting=weighting, centerness_normalizer=normalizer, centerness_weight=0.5))
+                         pyramid_groups=4, tower_depth=1, tower_channels=16, tower_groups=4), SCRATCH_RECIPE.change(level_areas=(1024,), ltrb_weighting=weighting, centerness_normalizer=normalizer, centerness_weight=0.5))
     people = list(Scenes(4, 0, World(size=64, min_height=30, max_height=60, empty_share=0.0)))
     empty = [replace(scene, boxes=scene.boxes[:0], labels=scene.labels[:0], areas=None) for scene in people]
     pictures = [*empty, *people]

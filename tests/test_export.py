@@ -17,7 +17,7 @@ from fcos_lite.scenes.scenes import Scenes, World
 ROOT = Path(__file__).resolve().parents[1]
 SIZE = 64
 TINY = ModelConfig(image_size=SIZE, stem_filters=8, stem_groups=2, backbone_filters=(8, 8, 8, 8), backbone_blocks=(1, 1, 1, 1), backbone_groups=4, pyramid_channels=16, pyramid_groups=4,
-               strides=(4, 8), tower_depth=1, tower_channels=16, tower_groups=4, class_names=("person", "dog"), ltrb_bias=0.0, scale_start=1.0)
+               strides=(4, 8), tower_depth=1, tower_channels=16, tower_groups=4, class_names=("person", "dog"), ltrb_bias=0.0, scale_init=1.0)
 LIMITS = replace(CAMERA_NMS, score=0.25, candidates=100)
 
 @pytest.fixture(scope="module")
@@ -210,9 +210,9 @@ def test_the_shipped_detector_at_its_size_on_fifty_scenes(tmp_path):
     from fcos_lite.evaluate.metrics import coco_evaluation
     from fcos_lite.detector.nms import Detections
     model, weights = load_at("person")
-    size = model.network.image_size
+    size = model.config.image_size
     scenes = list(Scenes(50, 0, World(size=size)))
-    squares, learned = np.stack([scene.read() for scene in scenes]), representative(None, model.network, 32, seed=1_000)
+    squares, learned = np.stack([scene.read() for scene in scenes]), representative(None, model.config, 32, seed=1_000)
     average = {}
     for format, kinds in FORMATS.items():
         for precision in kinds:
@@ -222,8 +222,8 @@ def test_the_shipped_detector_at_its_size_on_fifty_scenes(tmp_path):
                 apart = compare(exported, boxes, squares)
                 assert apart["boxes"] < 0.5 and apart["scores"] < 1e-3 and apart["alone"] < 2e-3, (format, apart)
             tables = [exported(square[None]) for square in squares]
-            found = [Detections(t["boxes"][0, :t["count"][0]], t["scores"][0, :t["count"][0]], t["labels"][0, :t["count"][0]], model.network.class_names) for t in tables]
-            average[format, precision] = coco_evaluation(scenes, found, model.network.class_names)[0]["AP"]
+            found = [Detections(t["boxes"][0, :t["count"][0]], t["scores"][0, :t["count"][0]], t["labels"][0, :t["count"][0]], model.config.class_names) for t in tables]
+            average[format, precision] = coco_evaluation(scenes, found, model.config.class_names)[0]["AP"]
     print({" ".join(kind): round(float(value), 4) for kind, value in average.items()})
     for (format, precision), value in average.items():
         assert value > average["litert", "float32"] - {"float32": 1e-3, "float16": 3e-3, "int8": 0.03}[precision], (format, precision, average)

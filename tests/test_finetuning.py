@@ -17,14 +17,14 @@ from fcos_lite.detector.weights import load_weights, save_weights
 
 TINY = ModelConfig(image_size=32, class_names=("person", "dog"), strides=(8, 16), stem_filters=8, stem_groups=2, backbone_filters=(8, 8, 8, 8), backbone_blocks=(1, 1, 1, 1), backbone_groups=4,
                pyramid_channels=16, pyramid_groups=4, tower_depth=1, tower_channels=16, tower_groups=4)
-RECIPE = replace(SCRATCH_RECIPE, level_areas=(65536,), center_radius=None, batch_size=2, warmup_steps=1, peak_rate=1e-2, final_rate=1e-2, weight_decay=0.5, decay="all")
+RECIPE = SCRATCH_RECIPE.change(level_areas=(65536,), center_radius=None, batch_size=2, warmup_steps=1, learning_rate=1e-2, min_learning_rate=1e-2, weight_decay=0.5, decay_variables="all")
 BATCH = {"image": np.random.default_rng(0).integers(0, 256, (2, 32, 32, 3)).astype("uint8"), "boxes": np.float32([[[4, 4, 20, 28], [16, 8, 30, 30]]] * 2), "labels": np.int32([[0, 1], [1, 0]])}
 FROZEN = [("fpn",), ("backbone", "heads"), ()]
 
 def life(parts, accumulate=1, precision="float32"):
     "Arrays before and after four steps; those of the frozen parts by their places; how many the optimizer knows; the parameters that learned."
     keras.utils.set_random_seed(0)
-    model = build_model(TINY, replace(RECIPE, accumulate=accumulate), precision=precision)
+    model = build_model(TINY, RECIPE.change(gradient_accumulation_steps=accumulate), precision=precision)
     for array in model.weights: array.assign_add(np.random.default_rng(len(array.shape)).normal(0, 0.05, array.shape))   # a zero cannot decay
     before, place = model.get_weights(), {id(array): i for i, array in enumerate(model.weights)}
     learning = freeze(model, parts)
@@ -79,7 +79,7 @@ def test_a_freeze_that_means_nothing_is_refused_and_changes_nothing(parts, said)
 def keep(model, folder):
     folder.mkdir()
     save_weights(model, folder / "best.weights.h5")
-    (folder / "config.json").write_text(json.dumps({"network": asdict(model.network), "recipe": asdict(model.recipe)}))
+    (folder / "config.json").write_text(json.dumps({"network": asdict(model.config), "recipe": asdict(model.recipe)}))
     return folder
 
 @pytest.fixture(scope="module")

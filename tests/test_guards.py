@@ -16,7 +16,7 @@ def tiny():
     from fcos_lite.config import SCRATCH_RECIPE, ModelConfig
     network = ModelConfig(image_size=32, strides=(8, 16), stem_filters=8, stem_groups=2, backbone_filters=(8, 8, 8, 8), backbone_blocks=(1, 1, 1, 1), backbone_groups=4,
                       pyramid_channels=16, pyramid_groups=4, tower_depth=1, tower_channels=16, tower_groups=4)
-    return network, replace(SCRATCH_RECIPE, level_areas=(65536,), center_radius=None, batch_size=2, noise=0.1, epochs=1)
+    return network, SCRATCH_RECIPE.change(level_areas=(65536,), center_radius=None, batch_size=2, noise=0.1, epochs=1)
 
 def bad_batches(odd, examples=16):
     "Eight batches of two scenes; in one of them a pixel is no number."
@@ -89,7 +89,7 @@ def check_memory():
     from fcos_lite.train.nan_guard import explain_memory
     from fcos_lite.train.trainer import build_model
     model = build_model(*tiny(), precision="float32")
-    with pytest.raises(InputError, match="out of memory(?s:.)*--batch-size 1 --accumulate") as caught:
+    with pytest.raises(InputError, match="out of memory(?s:.)*--batch-size 1 --gradient-accumulation-steps") as caught:
         with explain_memory(model): keras.ops.ones((2**20, 2**20, 64), "float32")
     assert "--precision mixed_bfloat16" in str(caught.value)
 
@@ -118,7 +118,7 @@ def test_evaluation_is_left_alone():
     equal(model.get_weights() + [v.numpy() for v in model.optimizer.variables[:-1]], before)      # a half-filled window of accumulation too
     assert int(model.optimizer.refused) == 2
     outputs = model(batches[2])
-    expected = float(model.losses_of(outputs, outputs["boxes"], outputs["labels"])["loss"])
+    expected = float(model.compute_losses(outputs, outputs["boxes"], outputs["labels"])["loss"])
     assert np.isnan(model.test_on_batch(batches[1], return_dict=True)["loss"])
     np.testing.assert_allclose(model.test_on_batch(batches[2], return_dict=True)["loss"], expected, rtol=1e-5)
     assert [int(v) for v in (model.streak.good, model.streak.seen, model.optimizer.refused)] == [0, 0, 2]
@@ -142,7 +142,7 @@ def test_a_bad_batch_is_found_after_a_resume(tmp_path):
         model, batches = build_model(*tiny(), precision="float32"), bad_batches(odd=4)
         model.compile(make_optimizer(1e-3, 0.05, 10.0, 3, average=0.9), jit_compile=False, run_eagerly=True)   # nine steps are done before two graphs are made
         model.optimizer.build(model.trainable_variables)
-        checkpoint = Checkpoint(tmp_path, model, batches, {"run": {"seed": 1}}, every_steps=2, say=lambda line: None)
+        checkpoint = Checkpoint(tmp_path, model, batches, {"run": {"seed": 1}}, every_steps=2, log=lambda line: None)
         checkpoint.fit(1, [NonFiniteGuard(tmp_path, batches), Watch(dies)], verbose=0)
     with pytest.raises(OSError): run(dies=True)
     assert len(before) == 7

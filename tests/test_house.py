@@ -87,7 +87,7 @@ def test_no_chapter_is_too_long():
         assert len(cells) <= 80 and len(lines) <= 200, f"{path.name}: {len(cells)} cells, {len(lines)} exported lines; split it"
 
 def test_export_is_up_to_date(tmp_path):
-    "The package says what the notebooks say: exporting again changes nothing."
+    "The package says what the notebooks log: exporting again changes nothing."
     for folder in ("nbs", "fcos_lite"): shutil.copytree(ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("__pycache__", ".ipynb_checkpoints"))
     for file in ("settings.ini", "pyproject.toml", "README.md"): shutil.copy(ROOT / file, tmp_path)
     subprocess.run([Path(sys.executable).parent / "nbdev-export"], cwd=tmp_path, check=True, capture_output=True)

@@ -13,7 +13,7 @@ from fcos_lite.config import COCO_NMS, SCRATCH_RECIPE, REFERENCE, REFERENCE_RECI
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("jax") is None, reason="JAX is not installed")
 NETWORK = replace(REFERENCE, image_size=64)
-RECIPES = {"source": REFERENCE_RECIPE, "scratch": SCRATCH_RECIPE, "farthest": replace(SCRATCH_RECIPE, level_rule="max_distance")}
+RECIPES = {"source": REFERENCE_RECIPE, "scratch": SCRATCH_RECIPE, "farthest": SCRATCH_RECIPE.change(level_rule="max_distance")}
 BATCH = {"boxes": np.float32([[[10, 8, 40, 60], [30, 20, 44, 50], [0, 40, 63, 63], [0, 0, 0, 0]], [[1, 2, 62, 63], [50, 50, 54, 58], [0, 0, 0, 0], [0, 0, 0, 0]]]),
          "labels": np.int32([[0, 0, -2, -1], [0, 0, -1, -1]])}
 
@@ -34,7 +34,7 @@ def compute(inputs, fit=False):
     for recipe in RECIPES:
         model.recipe = RECIPES[recipe]
         values |= {f"{recipe}_targets_{name}": np.array(value) for name, value in whole(model.targets, BATCH["boxes"], BATCH["labels"]).items()}
-        values |= {f"{recipe}_losses_{name}": np.array(value) for name, value in whole(lambda boxes, labels: model.losses_of(outputs, boxes, labels), BATCH["boxes"], BATCH["labels"]).items()}
+        values |= {f"{recipe}_losses_{name}": np.array(value) for name, value in whole(lambda boxes, labels: model.compute_losses(outputs, boxes, labels), BATCH["boxes"], BATCH["labels"]).items()}
     boxes, scores = whole(lambda *maps: decode(dict(zip(outputs, maps)), NETWORK.image_size, NETWORK.strides), *outputs.values())
     values |= {"decoded_boxes": np.array(boxes), "decoded_scores": np.array(scores)}
     if "boxes" in inputs: boxes, scores = inputs["boxes"], inputs["scores"]    # NMS compares scores, and one bit can change an order: the same ones for both

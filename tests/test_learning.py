@@ -57,7 +57,7 @@ def test_another_seed_is_another_network_with_other_pictures_in_another_order():
 @pytest.mark.slow
 def test_the_command_killed_at_random_moments_is_the_command_never_killed(tmp_path):
     "Six lives of `python -m fcos_lite.train`, each killed by the system somewhere between two rows: weights, averages and rows bit for bit."
-    flags = [*TINY, "--scenes", 16, "--epochs", 14, "--batch-size", 4, "--accumulate", 3, "--average", 0.9, "--min-height", 16, "--max-height", 60, "--checkpoint-seconds", 0]
+    flags = [*TINY, "--scenes", 16, "--epochs", 14, "--batch-size", 4, "--gradient-accumulation-steps", 3, "--ema-momentum", 0.9, "--min-height", 16, "--max-height", 60, "--checkpoint-seconds", 0]
     command("train", *flags, "--out", tmp_path / "peace")
     chance, lives = random.Random(0), 0
     argv = [*flags, "--out", tmp_path / "killed"]
@@ -105,7 +105,7 @@ def learn_by_heart(examples, class_names, image_size, steps, seed=0):
     from fcos_lite.detector.model import FCOS
     from fcos_lite.train.trainer import compile_for_training
     keras.utils.set_random_seed(seed)
-    recipe = replace(SCRATCH_RECIPE, batch_size=len(examples), flip=0.0, brightness=0.0, noise=0.0, zoom=(1, 1), weight_decay=0.0, warmup_steps=20)
+    recipe = SCRATCH_RECIPE.change(batch_size=len(examples), flip=0.0, brightness=0.0, noise=0.0, zoom=(1, 1), weight_decay=0.0, warmup_steps=20)
     model = FCOS(replace(REFERENCE, image_size=image_size, class_names=class_names), recipe)
     compile_for_training(model, steps)
     batch = Batches(examples, len(examples), image_size)[0]

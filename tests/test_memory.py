@@ -33,7 +33,7 @@ def train(folder, kind):
     from fcos_lite.train.trainer import build_model, compile_for_training
     network = ModelConfig(image_size=32, strides=(16, 32), stem_filters=8, stem_groups=2, backbone_filters=(8, 8, 8, 8), backbone_blocks=(1, 1, 1, 1), backbone_groups=4,
                       pyramid_channels=16, pyramid_groups=4, tower_depth=1, tower_channels=16, tower_groups=4)
-    recipe, world = replace(SCRATCH_RECIPE, level_areas=(256,), batch_size=2, accumulate=2), World(size=32, min_height=10, max_height=30, max_people=2)
+    recipe, world = SCRATCH_RECIPE.change(level_areas=(256,), batch_size=2, gradient_accumulation_steps=2), World(size=32, min_height=10, max_height=30, max_people=2)
     batches = Batches(list(Scenes(2 * EPOCH, 1, world)), 2, 32, shuffle_seed=0, drop_last=True)
     model = build_model(network, recipe)
     compile_for_training(model, STEPS)

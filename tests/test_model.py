@@ -18,16 +18,16 @@ boxes = np.float32([[[301.7, 77.3, 417.2, 509.4], [0, 0, 0, 0]], [[11.3, 20.9, 3
 batch = {"image": np.random.default_rng(0).integers(0, 256, (2, 512, 512, 3)).astype("uint8"), "boxes": boxes, "labels": np.int32([[0, -1], [0, 0]])}
 network = replace(REFERENCE, stem_filters=8, stem_groups=2, backbone_filters=(8, 8, 8, 8), backbone_blocks=(1, 1, 1, 1), backbone_groups=4, pyramid_channels=16, pyramid_groups=4,
                   tower_depth=1, tower_channels=16, tower_groups=4)   # at the full 512 pixels: 301.7 is no number of 16 bits
-model = FCOS(network, replace(SCRATCH_RECIPE, flip=0.0, zoom=(1, 1)))
+model = FCOS(network, SCRATCH_RECIPE.change(flip=0.0, zoom=(1, 1)))
 assert model.fpn.layers[-1].compute_dtype == sys.argv[1].removeprefix("mixed_"), "the policy does not reach the pyramid"
 assert model.heads.cls_tower.layers[0].compute_dtype == sys.argv[1].removeprefix("mixed_"), "the policy does not reach the towers"
 assert all(v.dtype == "float32" for v in model.weights)
 
-arrived, losses_of = [], FCOS.losses_of
+arrived, losses_of = [], FCOS.compute_losses
 def watch(self, outputs, boxes, labels, *rest):
     arrived.append((np.array(boxes), {name: keras.backend.standardize_dtype(value.dtype) for name, value in outputs.items()}))
-    return losses_of(self, outputs, boxes, labels, *rest)
-FCOS.losses_of = watch
+    return compute_losses(self, outputs, boxes, labels, *rest)
+FCOS.compute_losses = watch
 model.compile(optimizer=keras.optimizers.SGD(1e-3), run_eagerly=True)
 report = model.train_on_batch(batch, return_dict=True)
 nobody = model.train_on_batch({**batch, "labels": np.full((2, 2), -1, "int32")}, return_dict=True)

@@ -21,9 +21,9 @@ from fcos_lite.train.team import Team, Watch
 
 needs_jax = pytest.mark.skipif(importlib.util.find_spec("jax") is None, reason="JAX is not installed")
 EPOCHS, STEPS = 25, 50
-RUN = f"""--scenes 8 --batch-size 4 --epochs {EPOCHS} --evaluate-every 0 --checkpoint-seconds 0 --peak-rate 0.0005 --image-size 64 --min-height 20 --max-height 56 --max-people 4 --empty-share 0 --strides 16 32 --level-areas 1024
+RUN = f"""--scenes 8 --batch-size 4 --epochs {EPOCHS} --evaluate-every 0 --checkpoint-seconds 0 --learning-rate 0.0005 --image-size 64 --min-height 20 --max-height 56 --max-people 4 --empty-share 0 --strides 16 32 --level-areas 1024
  --stem-filters 8 --stem-groups 2 --backbone-filters 8 8 8 8 --backbone-blocks 1 1 1 1 --backbone-groups 2 --pyramid-channels 16 --pyramid-groups 2 --tower-depth 1 --tower-channels 16 --tower-groups 2
- --accumulate 2 --noise 0.1 --brightness 0.3 --rescue-lost""".split()
+ --gradient-accumulation-steps 2 --noise 0.1 --brightness 0.3 --assign-nearest-if-empty""".split()
 # Groups of at least 16 numbers: a norm over two of them is a sign, and turns what rounding leaves into another gradient
 CHEAP = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"   # for the compiler's time
 CACHE = tempfile.TemporaryDirectory()

@@ -189,7 +189,7 @@ def link(find, target):
         inner.symlink_to(outside)
     return change
 
-# layout: {name: (how the folder is broken, what the message must say)}
+# layout: {name: (how the folder is broken, what the message must log)}
 STOPS_OF = {
     "YOLO": {
         "no page":              (lambda f: (f / "data.yaml").unlink(), ["YOLO: ", "data.yaml"]),

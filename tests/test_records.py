@@ -171,7 +171,7 @@ def test_both_readers_give_equal_batches_from_any_position(kept, batch_size, see
     assert next(theirs, None) is None
 
 def test_the_stream_names_a_shard_that_is_another_one(kept, tmp_path):
-    "One bit in the middle of a picture; TensorFlow would say that something is corrupt somewhere, and of a foreign shard nothing."
+    "One bit in the middle of a picture; TensorFlow would log that something is corrupt somewhere, and of a foreign shard nothing."
     shutil.copytree(kept["jpeg"], tmp_path / "records")
     records = Records(tmp_path / "records", "train2017")
     stream(records, 4)
@@ -276,7 +276,7 @@ def test_an_index_that_was_changed_is_refused_or_harmless(copy):
 # --- training
 
 TRAIN = """--epochs 3 --evaluate-every 3 --batch-size 4 --checkpoint-seconds 0 --precision float32 --image-size 64 --strides 16 32 --level-areas 1024 --stem-filters 8 --stem-groups 2 --backbone-filters 8 8 8 8 --backbone-blocks 1 1 1 1
- --backbone-groups 2 --pyramid-channels 16 --pyramid-groups 2 --tower-depth 1 --tower-channels 16 --tower-groups 2 --accumulate 2 --noise 0.1 --brightness 0.3 --rescue-lost""".split()
+ --backbone-groups 2 --pyramid-channels 16 --pyramid-groups 2 --tower-depth 1 --tower-channels 16 --tower-groups 2 --gradient-accumulation-steps 2 --noise 0.1 --brightness 0.3 --assign-nearest-if-empty""".split()
 
 @pytest.fixture(scope="session")
 def photographs(tmp_path_factory):
@@ -376,13 +376,13 @@ def test_chunks_and_what_has_no_val_part(photographs, tmp_path):
 def soak(folder, count):
     "Writes and reads so many, in this process alone, and prints after each tenth what it took: what, pictures, CPU seconds, megabytes."
     begun = None
-    def say(what, pictures): print(json.dumps([what, pictures, time.process_time() - begun, int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2 ** 20]), flush=True)
+    def log(what, pictures): print(json.dumps([what, pictures, time.process_time() - begun, int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2 ** 20]), flush=True)
     import tensorflow as tf
     from fcos_lite.data.datasets import read_dataset
     examples = read_dataset(folder / "coco", "train2017")
     list(tf.data.Dataset.range(9))                              # TensorFlow's own memory is there before anything is counted
     storage, begun = RecordConfig(image_size=64, shard_pictures=count // 40), time.process_time()
-    write_records(examples, "train2017", folder / "records", storage, workers=1, progress=lambda done, shards, pictures, _: say("written", pictures) if done % 4 == 0 else None)
+    write_records(examples, "train2017", folder / "records", storage, workers=1, progress=lambda done, shards, pictures, _: log("written", pictures) if done % 4 == 0 else None)
     del examples
     for what in ("read", "streamed"):
         records = Records(folder / "records", "train2017")
@@ -391,7 +391,7 @@ def soak(folder, count):
         for number, batch in enumerate(map(batches.__getitem__, range(len(batches))) if what == "read" else batches.as_numpy_iterator(), 1):
             seen += batch["image_id"].tolist()
             boxes += int((batch["labels"] >= 0).sum())
-            if number % (count // 400) == 0: say(what, len(seen))
+            if number % (count // 400) == 0: log(what, len(seen))
         assert sorted(seen) == list(range(1, count + 1)) and seen != sorted(seen)
         print(json.dumps(["boxes", boxes]), flush=True)
 

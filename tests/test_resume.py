@@ -68,18 +68,18 @@ def train(folder, epochs, compiled):
     set_deterministic(0)
     network = ModelConfig(image_size=32, strides=(16, 32), stem_filters=8, stem_groups=2, backbone_filters=(8, 8, 8, 8), backbone_blocks=(1, 1, 1, 1), backbone_groups=4,
                       pyramid_channels=16, pyramid_groups=4, tower_depth=1, tower_channels=16, tower_groups=4)
-    recipe = replace(SCRATCH_RECIPE, level_areas=(256,), batch_size=2, accumulate=3, epochs=epochs)
+    recipe = SCRATCH_RECIPE.change(level_areas=(256,), batch_size=2, gradient_accumulation_steps=3, epochs=epochs)
     scenes = list(Scenes(2 * BATCHES + 1, 1, World(size=32, min_height=10, max_height=30, max_people=2)))
     batches = Batches(scenes, recipe.batch_size, network.image_size, shuffle_seed=0, drop_last=True)
     model = build_model(network, recipe, seed=0)
     more = {"use_ema": True, "ema_momentum": 0.9} if compiled else {}
-    optimizer = keras.optimizers.AdamW(WarmupCosine(1e-3, 1e-5, epochs * BATCHES, 2), weight_decay=0.05, global_clipnorm=10.0, gradient_accumulation_steps=recipe.accumulate, **more)
+    optimizer = keras.optimizers.AdamW(WarmupCosine(1e-3, 1e-5, epochs * BATCHES, 2), weight_decay=0.05, global_clipnorm=10.0, gradient_accumulation_steps=recipe.optimizer.gradient_accumulation_steps, **more)
     if compiled: optimizer = keras.optimizers.LossScaleOptimizer(optimizer, initial_scale=8.0, dynamic_growth_steps=4)
     model.compile(optimizer=optimizer, run_eagerly=not compiled, jit_compile=False)
     model.optimizer.build(model.trainable_variables)
     run = Run(folder)
     run.path.mkdir(exist_ok=True)
-    checkpoint = checkpoints.Checkpoint(folder, model, batches, checkpoints.run_identity(network, recipe, scenes, seed=0), every_steps=EVERY, say=tell)
+    checkpoint = checkpoints.Checkpoint(folder, model, batches, checkpoints.run_identity(network, recipe, scenes, seed=0), every_steps=EVERY, log=tell)
     try: checkpoint.fit(epochs, [Judge()], verbose=0)
     except checkpoints.Stopped as stopped: sys.exit(stopped.code)
     np.savez(run.path / "end.npz", **checkpoints.model_state(model))
@@ -214,7 +214,7 @@ def on_jax(folder):
     for name, calls in (("alone", [Look()]), ("stopped", [Stop()]), ("stopped", [])):
         model = fresh()
         (folder / name).mkdir(exist_ok=True)
-        checkpoint = checkpoints.Checkpoint(folder / name, model, Numbers(), {"run": {}}, every_steps=2, say=lambda line: None)
+        checkpoint = checkpoints.Checkpoint(folder / name, model, Numbers(), {"run": {}}, every_steps=2, log=lambda line: None)
         try: checkpoint.fit(3, calls, verbose=0)
         except checkpoints.Stopped: assert checkpoint.step == 8
         ends[name] = checkpoints.model_state(model), checkpoint.step

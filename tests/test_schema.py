@@ -30,7 +30,7 @@ def model():
 @pytest.fixture(scope="module")
 def batches(): return Batches(Scenes(32, 3, PEOPLE), REFERENCE_RECIPE.batch_size, 64)
 
-def losses(model, batch): return {name: float(value) for name, value in model.losses_of(model(batch["image"]), batch["boxes"], batch["labels"]).items()}
+def losses(model, batch): return {name: float(value) for name, value in model.compute_losses(model(batch["image"]), batch["boxes"], batch["labels"]).items()}
 
 # The schedule, by the recipe's own numbers
 
@@ -38,19 +38,19 @@ def document_rate(t, total, start):
     if t <= 5000: return start + (5e-5 - start) / 5000 * t
     return 2.5e-7 + 0.5 * (5e-5 - 2.5e-7) * (1 + math.cos((t - 5000) / (total - 5000) * math.pi))
 
-@pytest.mark.parametrize("warmup_from, start", [("final_rate", 2.5e-7), ("peak_rate", 5e-5)])
+@pytest.mark.parametrize("warmup_from, start", [("min_learning_rate", 2.5e-7), ("learning_rate", 5e-5)])
 @pytest.mark.parametrize("pictures, epochs", [(40_000, 30), (38_800, 30)])
 def test_the_recipe_follows_the_documents_formula(pictures, epochs, warmup_from, start):
     total = epochs * (pictures // 4)
     steps = np.r_[0, 1, 2500, 4999, 5000, 5001, total // 2, total - 1, total, np.random.default_rng(0).integers(0, total, 50)]
-    rates = np.array(schedule_for(replace(REFERENCE_RECIPE, warmup_from=warmup_from), total)(steps))
+    rates = np.array(schedule_for(REFERENCE_RECIPE.change(warmup_from=warmup_from), total)(steps))
     np.testing.assert_allclose(rates, [document_rate(t, total, start) for t in steps], atol=5e-7 * 5e-5)
 
 @pytest.mark.parametrize("pictures", [10_000, 8_800])
 def test_each_chunk_has_its_own_warmup_and_end(pictures):
     total = REFERENCE_CURRICULUM["chunk_epochs"] * (pictures // REFERENCE_RECIPE.batch_size)
     schedule = schedule_for(REFERENCE_RECIPE, total)
-    assert schedule.warmup_steps == total // 20 and total % REFERENCE_RECIPE.accumulate == 0
+    assert schedule.warmup_steps == total // 20 and total % REFERENCE_RECIPE.optimizer.gradient_accumulation_steps == 0
     np.testing.assert_allclose([float(schedule(t)) for t in (0, total // 20, total)], [2.5e-7, 5e-5, 2.5e-7], rtol=1e-5)
 
 # The optimizer that a recipe makes
@@ -69,7 +69,7 @@ def test_a_source_run_has_the_documents_optimizer(precision):
 def test_fine_tuning_moves_the_fpn_model_at_1e_6_and_the_heads_at_1e_5(model):
     slow, quick = REFERENCE_CURRICULUM["finetune_rate_fpn"], REFERENCE_CURRICULUM["finetune_rate_heads"]
     assert (slow, quick) == (1e-6, 1e-5)
-    tuned = FCOS(LEVELS, replace(REFERENCE_RECIPE, peak_rate=quick, final_rate=quick, pace_fpn=slow / quick, weight_decay=0.0, accumulate=1))
+    tuned = FCOS(LEVELS, REFERENCE_RECIPE.change(learning_rate=quick, min_learning_rate=quick, fpn_lr_multiplier=slow / quick, weight_decay=0.0, gradient_accumulation_steps=1))
     for v in tuned.trainable_variables: v.assign(0 * v)
     optimizer = optimizer_for(tuned, 97_000)
     optimizer.build(tuned.trainable_variables)
@@ -79,7 +79,7 @@ def test_fine_tuning_moves_the_fpn_model_at_1e_6_and_the_heads_at_1e_5(model):
 
 @pytest.mark.parametrize("decay", ["all", "kernels"])
 def test_which_variables_decay_is_a_field(decay):
-    model = FCOS(LEVELS, replace(REFERENCE_RECIPE, decay=decay, peak_rate=0.1, final_rate=0.1, accumulate=1))
+    model = FCOS(LEVELS, REFERENCE_RECIPE.change(decay_variables=decay, learning_rate=0.1, min_learning_rate=0.1, gradient_accumulation_steps=1))
     for v in model.trainable_variables: v.assign(0 * v + 1)
     optimizer = optimizer_for(model, 100)
     optimizer.build(model.trainable_variables)
@@ -96,7 +96,7 @@ def recorded(model, batches):
     fpn, heads = model.fpn.trainable_variables[::12], model.heads.trainable_variables[::4]
     micro_batches = []
     for i in range(8):
-        with tf.GradientTape() as tape: loss = 2.0**15 * model.losses_of(model(batches[i]["image"]), batches[i]["boxes"], batches[i]["labels"])["loss"]
+        with tf.GradientTape() as tape: loss = 2.0**15 * model.compute_losses(model(batches[i]["image"]), batches[i]["boxes"], batches[i]["labels"])["loss"]
         micro_batches.append([g.numpy() for g in tape.gradient(loss, fpn + heads)])
     return [v.numpy() for v in fpn + heads], len(fpn), micro_batches
 
@@ -132,7 +132,7 @@ def test_eight_micro_batches_are_one_of_32_but_for_the_divisors(model, batches):
     for part, weights in divisors.items():
         np.testing.assert_allclose(np.average([row[part] for row in small], weights=weights), whole[part], rtol=1e-4, err_msg=part)
         assert abs(np.mean([row[part] for row in small]) - whole[part]) > 1e-5 * whole[part]    # the plain mean is something else
-    for row in small: np.testing.assert_allclose(row["cls"] + row["reg"] + REFERENCE_RECIPE.centerness_weight * row["ctr"], row["loss"], rtol=1e-5)
+    for row in small: np.testing.assert_allclose(row["cls"] + row["reg"] + REFERENCE_RECIPE.losses.centerness_weight * row["ctr"], row["loss"], rtol=1e-5)
 
 def test_no_micro_batch_is_dropped_at_the_end_of_an_epoch():
     "Two epochs of twelve micro-batches are three updates, with the weights of one epoch of 24."
@@ -141,7 +141,7 @@ def test_no_micro_batch_is_dropped_at_the_end_of_an_epoch():
     def weights(epochs):
         keras.utils.set_random_seed(0)
         model = keras.Sequential([keras.Input((3,)), keras.layers.Dense(1)])
-        model.compile(make_optimizer(0.1, 0.05, 10.0, REFERENCE_RECIPE.accumulate), "mse", run_eagerly=True)
+        model.compile(make_optimizer(0.1, 0.05, 10.0, REFERENCE_RECIPE.optimizer.gradient_accumulation_steps), "mse", run_eagerly=True)
         for part in np.split(np.arange(24), epochs): model.fit(x[part].reshape(-1, 3), y[part].reshape(-1, 1), batch_size=2, shuffle=False, verbose=0)
         assert int(model.optimizer.iterations) == 3
         return model.get_weights()
@@ -161,7 +161,7 @@ def test_the_documents_losses_level_by_level_are_those_of_the_source_recipe(mode
 class Recorder:
     columns = ()
     def __init__(self): self.saved = []
-    def say(self, line): pass
+    def log(self, line): pass
     def save_weights(self, model, name): self.saved.append(name)
 
 def test_the_source_stops_after_seven_evaluations_without_a_better_one():

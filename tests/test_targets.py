@@ -142,7 +142,7 @@ def random_boxes(rng, image_size, count=8):
     return boxes.astype(np.float32), rng.choice([-4, -2, -1, 0, 1, 2], count, p=[0.03, 0.03, 0.1, 0.5, 0.17, 0.17]).astype(np.int32)
 
 
-RULES = [dict(level_rule=rule, center_radius=radius, rescue_lost=rescue, crowd=crowd)
+RULES = [dict(level_rule=rule, center_radius=radius, assign_nearest_if_empty=rescue, crowd_policy=crowd)
          for rule, radius, rescue, crowd in product(("area", "relative_area", "max_distance"), (None, 1.5), (False, True), ("negative", "ignore"))
          if not (rescue and rule == "max_distance")]
 SIZES = {64: 600, 128: 320, 256: 60, 512: 20}    # pixels: pictures, 1,000 in all
@@ -155,7 +155,7 @@ def pictures(image_size, seed=0):
 
 
 def literal_rules(rules):
-    return dict(rule=rules["level_rule"], center_radius=rules["center_radius"], rescue=rules["rescue_lost"], crowd=rules["crowd"])
+    return dict(rule=rules["level_rule"], center_radius=rules["center_radius"], rescue=rules["assign_nearest_if_empty"], crowd=rules["crowd_policy"])
 
 
 def assert_same(ours, boxes, labels, image_size, rules):
@@ -194,18 +194,18 @@ def test_the_random_pictures_hold_what_they_promise():
     assert (areas[person] <= 0).sum() > 20 and (areas[person] == 4096).sum() > 0
     lost = unassigned_boxes(boxes, labels, 64, STRIDES)
     assert np.sum(lost["empty"]) > 100 and np.sum(lost["beaten"]) > 30
-    targets = assign_targets(boxes, labels, 64, STRIDES, CLASSES, crowd="ignore")
+    targets = assign_targets(boxes, labels, 64, STRIDES, CLASSES, crowd_policy="ignore")
     assert 0 < np.sum(~np.asarray(targets["counted"])) and 0 < np.sum(targets["positive"])
 
 
 @pytest.mark.parametrize("rules", RULES[::2] + RULES[-1:], ids=str)
 def test_lost_boxes_equal_the_rules_read_literally(rules):
     boxes, labels = (part[:30] for part in pictures(64, seed=1))
-    rules = {name: value for name, value in rules.items() if name != "crowd"}
+    rules = {name: value for name, value in rules.items() if name != "crowd_policy"}
     ours = unassigned_boxes(boxes, labels, 64, STRIDES, **rules)
     people = {"empty": 0, "beaten": 0}
     for row in range(len(boxes)):
-        expected, alone = literal(boxes[row], labels[row], 64, **literal_rules({**rules, "crowd": "negative"}))
+        expected, alone = literal(boxes[row], labels[row], 64, **literal_rules({**rules, "crowd_policy": "negative"}))
         for index in range(boxes.shape[1]):
             holds, wins = bool(alone.get(index)), index in expected["box"]
             empty, beaten = labels[row, index] >= 0 and not holds, holds and not wins
@@ -235,8 +235,8 @@ def test_more_boxes_than_a_byte_can_number():
 
 
 def test_no_room_for_boxes_is_the_empty_picture():
-    padded = assign_targets(np.zeros((2, 5, 4)), np.full((2, 5), -1), 64, STRIDES, CLASSES, crowd="ignore", center_radius=1.5)
-    none = assign_targets(np.zeros((2, 0, 4)), np.zeros((2, 0), int), 64, STRIDES, CLASSES, crowd="ignore", center_radius=1.5)
+    padded = assign_targets(np.zeros((2, 5, 4)), np.full((2, 5), -1), 64, STRIDES, CLASSES, crowd_policy="ignore", center_radius=1.5)
+    none = assign_targets(np.zeros((2, 0, 4)), np.zeros((2, 0), int), 64, STRIDES, CLASSES, crowd_policy="ignore", center_radius=1.5)
     for name in none: np.testing.assert_array_equal(none[name], padded[name])
     assert not np.any(none["positive"]) and np.all(none["counted"])
 
@@ -252,8 +252,8 @@ def test_the_order_of_the_boxes_matters_to_equals_only():
 
 
 def test_bad_rules_are_refused_by_name():
-    for wrong, words in ((dict(level_rule="size"), "level_rule 'size'"), (dict(crowd="keep"), "crowd 'keep'"),
-                         (dict(level_rule="max_distance", rescue_lost=True), "rescue_lost")):
+    for wrong, words in ((dict(level_rule="size"), "level_rule 'size'"), (dict(crowd_policy="keep"), "crowd_policy 'keep'"),
+                         (dict(level_rule="max_distance", assign_nearest_if_empty=True), "assign_nearest_if_empty")):
         with pytest.raises(InputError, match=words):
             assign_targets(np.zeros((1, 1, 4)), np.zeros((1, 1), int), 64, STRIDES, CLASSES, **wrong)
 
@@ -264,7 +264,7 @@ def test_it_compiles_and_compiled_is_the_same():
     import keras
     if keras.backend.backend() != "tensorflow": pytest.skip("this process runs on another backend")
     boxes, labels = (part[:16] for part in pictures(128))
-    for rules in (RULES[0], dict(level_rule="relative_area", center_radius=1.5, rescue_lost=True, crowd="ignore")):
+    for rules in (RULES[0], dict(level_rule="relative_area", center_radius=1.5, assign_nearest_if_empty=True, crowd_policy="ignore")):
         plain = assign_targets(boxes, labels, 128, STRIDES, CLASSES, **rules)
         for xla in (False, True):
             compiled = tf.function(lambda b, l: assign_targets(b, l, 128, STRIDES, CLASSES, **rules), jit_compile=xla)(boxes, labels)
@@ -315,7 +315,7 @@ np.savez(sys.argv[2], **out)
 def test_jax_gives_the_same(tmp_path):
     pytest.importorskip("jax")
     boxes, labels = (part[:24] for part in pictures(128))
-    rules = [RULES[0], dict(level_rule="relative_area", center_radius=1.5, rescue_lost=True, crowd="ignore"), RULES[-1]]
+    rules = [RULES[0], dict(level_rule="relative_area", center_radius=1.5, assign_nearest_if_empty=True, crowd_policy="ignore"), RULES[-1]]
     np.savez(tmp_path / "in.npz", boxes=boxes, labels=labels)
     subprocess.run([sys.executable, "-c", JAX, tmp_path / "in.npz", tmp_path / "out.npz", json.dumps(rules)], check=True, cwd=ROOT,
                    env={**os.environ, "KERAS_BACKEND": "jax", "JAX_PLATFORMS": "cpu"})

@@ -144,8 +144,8 @@ def ask_document(tfa_python, tmp_path_factory):
 class Parity:
     "One network, twice: ours and the document's answer to the same weights and pictures."
     def __init__(self, ask_document, size, batch):
-        self.network = replace(REFERENCE, image_size=size)
-        self.model, self.weights = our_network(self.network)
+        self.config = replace(REFERENCE, image_size=size)
+        self.model, self.weights = our_network(self.config)
         self.values = random_values(self.weights)
         assign(self.weights, self.values)
         self.pictures = np.random.default_rng(1).integers(0, 256, (batch, size, size, 3), dtype="uint8")
@@ -204,7 +204,7 @@ def test_ours_has_as_many_parameters(small):
 def test_equal_outputs(size, request):
     parity = request.getfixturevalue(size)
     differences = parity.differences()
-    print(f"\n{parity.network.image_size} pixels: " + ", ".join(f"{name} {value:.1e}" for name, value in differences.items()))
+    print(f"\n{parity.config.image_size} pixels: " + ", ".join(f"{name} {value:.1e}" for name, value in differences.items()))
     assert max(differences.values()) < TOLERANCE, differences
 
 
@@ -229,6 +229,6 @@ MORE = [("stem_groups", 32), ("backbone_groups", 16), ("pyramid_groups", 16), ("
 
 @pytest.mark.parametrize("field, value", OTHERS + [pytest.param(*more, marks=pytest.mark.slow) for more in MORE])
 def test_another_network_with_these_weights_differs(small, field, value):
-    model, weights = our_network(replace(small.network, **{field: value}))
+    model, weights = our_network(replace(small.config, **{field: value}))
     assign(weights, small.values)
     assert max(small.differences(model).values()) > 10 * TOLERANCE

@@ -30,7 +30,7 @@ def test_the_card_says_what_the_page_says():
     assert f"{trained['views']:,} views in {trained['epochs']} passes" in card and f"{trained['views'] / trained['minutes'] / 60:.0f} photographs a second with compiling" in card
     assert f"F1 ({measured['f1']:.2f})" in card and f"is {measured['threshold']:.2f};" in card
     network, recipe = read_config(WEIGHTS / "person.weights.h5")
-    assert network.image_size == 384 and (recipe.zoom, recipe.mosaic) == ((0.5, 1.5), 0.2)
+    assert network.image_size == 384 and (recipe.augment.zoom, recipe.augment.mosaic) == ((0.5, 1.5), 0.2)
 
 def test_one_changed_byte_is_refused(tmp_path):
     for name in ("person.weights.h5", "person.weights.h5.sha256", "person.json"): (tmp_path / name).write_bytes((WEIGHTS / name).read_bytes())

@@ -17,7 +17,7 @@ from .coco import Examples
 from .shards import main as pack
 from .datasets import list_splits, read_dataset
 from .records import RecordConfig
-from .tfrecord import counted, list_record_splits, verify, write_records
+from .tfrecord import pluralize, list_record_splits, verify, write_records
 from .splits import hold_out, with_negatives, report_duplicates
 
 # %% ../../nbs/reference/data/main.ipynb #363f2b15
@@ -28,7 +28,7 @@ def read_part(arguments, part): # Examples
     print(examples.report, flush=True)
     if not names and not arguments.negative_share: return examples
     chosen = with_negatives(examples, arguments.negative_share, arguments.seed)
-    print(f"  {counted(len(chosen), 'picture')} chosen: with {' or '.join(names or ('a box',))}, and {100 * arguments.negative_share:g} % without a box", flush=True)
+    print(f"  {pluralize(len(chosen), 'picture')} chosen: with {' or '.join(names or ('a box',))}, and {100 * arguments.negative_share:g} % without a box", flush=True)
     return chosen
 
 # %% ../../nbs/reference/data/main.ipynb #0bbc6449
@@ -45,7 +45,7 @@ def read_parts(arguments): # {part: Examples}
     for part in [part for part in parts if not part.startswith("val")]:
         for other in [other for other in parts if other.startswith("val")]:
             parts[part], copies = report_duplicates(parts[part], parts[other], other)
-            if copies: print(f"  {counted(len(copies), 'picture')} of {part} left out: in {other} too, the first is {copies[0][0].image}", flush=True)
+            if copies: print(f"  {pluralize(len(copies), 'picture')} of {part} left out: in {other} too, the first is {copies[0][0].image}", flush=True)
     return parts
 
 # %% ../../nbs/reference/data/main.ipynb #324c363f
@@ -77,7 +77,7 @@ def inspect_folder(arguments):
     check(not out or arguments.force or not out.exists(), f"--out {out}: exists; choose another name, or add --force to replace it")
     check(folder.is_dir(), f"{folder}: no such folder; give photographs in the layout of COCO, YOLO or VOC, or records")
     kept = any(folder.glob("*-of-*.tfrecord"))
-    network, recipe, sections = MODELS[arguments.network], RECIPES[arguments.recipe], []
+    network, recipe, sections = MODELS[arguments.model], RECIPES[arguments.recipe], []
     size = arguments.image_size or network.image_size
     check(size % network.strides[-1] == 0 and size > 0, f"--image-size {size}: must be a multiple of {network.strides[-1]}")
     for part in arguments.parts or (list_record_splits(folder) if kept else list_splits(folder)):
@@ -124,7 +124,7 @@ def parser(): # argparse.ArgumentParser
     i = word("inspect", "counts, plots and the oddest examples of a data set", inspect_folder)
     i.add_argument("folder", metavar="DIR", help="photographs in the layout of COCO, YOLO or Pascal VOC, or records")
     common(i)
-    i.add_argument("--network", choices=MODELS, default="source", help="whose pyramid (default: %(default)s)")
+    i.add_argument("--model", choices=MODELS, default="source", help="whose pyramid (default: %(default)s)")
     i.add_argument("--recipe", choices=RECIPES, default="scratch", help="whose rules for locations (default: %(default)s)")
     i.add_argument("--image-size", type=int, metavar="S", help="side of the square, pixels (default: the network's)")
     i.add_argument("--sample", type=int, default=400, metavar="N", help="pictures for the counts of locations (default: %(default)s)")

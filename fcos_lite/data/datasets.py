@@ -193,7 +193,7 @@ def detect_layout(directory): # a key of LAYOUTS
     wanted = ", ".join(f"{name} has {' or '.join(signs)}" for name, (signs, _) in LAYOUTS.items())
     seen = ", ".join(sorted(reprlib.repr(file.name) for file in directory.iterdir())[:8]) or "nothing"
     check(found, f"{directory}: no layout that is known: {wanted}; this folder has {seen}. Name the folder that holds these")
-    check(len(found) == 1, f"{directory}: looks like {' and '.join(found)}; take away the files of one, or say which in Python: read_dataset(..., layout={found[0]!r})")
+    check(len(found) == 1, f"{directory}: looks like {' and '.join(found)}; take away the files of one, or log which in Python: read_dataset(..., layout={found[0]!r})")
     return found[0]
 
 def has_split(

@@ -36,7 +36,7 @@ COCO_2017 = {
 }
 
 # %% ../../nbs/reference/data/download.ipynb #c7331ea9
-def whole_length(response, start): # bytes, or None where the server does not say
+def whole_length(response, start): # bytes, or None where the server does not log
     "How long the whole file is, by the answer to a request from byte `start` on."
     if response.status == 206:
         first, _, total = response.headers.get("Content-Range", "").removeprefix("bytes ").replace("-", "/").split("/")

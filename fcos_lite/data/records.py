@@ -215,7 +215,7 @@ def decode_example(
     data,  # bytes of a tf.train.Example
     where, # what an error calls them
 ): # Recorded
-    "An example as it was kept; raises `InputError` where the bytes say something else, or nothing."
+    "An example as it was kept; raises `InputError` where the bytes log something else, or nothing."
     features = read_example(data, where)
     kinds = {"image": bytes, "image_id": np.int64, "boxes": np.float32, "num_boxes": np.int64, "labels": np.int64, "areas": np.float32, "letterbox": np.int64}
     for name, kind in kinds.items():

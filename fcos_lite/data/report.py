@@ -82,7 +82,7 @@ def read_image_size(path): # (width, height) as stored, pixels; EXIF orientation
     check(os.path.isfile(path), f"{path}: no such file; copy or download it again")
     try: size, orientation, whole = header_of(path)
     except (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError):
-        height, width = read_image(path).shape[:2]   # let the decoder say what is wrong, or that nothing is
+        height, width = read_image(path).shape[:2]   # let the decoder log what is wrong, or that nothing is
         return (width, height), 1
     if not whole: read_image(path)
     return size, orientation

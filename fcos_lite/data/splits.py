@@ -61,7 +61,7 @@ def hold_out(
 # %% ../../nbs/reference/data/splits.ipynb #eddf8b5e
 def chunks(
     examples,
-    size=REFERENCE_CURRICULUM["chunk_pictures"], # of a chunk; the last may be smaller
+    size=REFERENCE_CURRICULUM["chunk_images"], # of a chunk; the last may be smaller
     seed=None,                         # as in `hold_out`
 ): # [Examples]
     "Examples in portions, each picture in one of them."
@@ -148,9 +148,9 @@ def source_split(
     "A data set as the source divides its own; raises `InputError` where there are too few pictures."
     everyone, copies = deduplicate(examples)
     kept = with_negatives(everyone, negative_share, seed or 0)
-    most = REFERENCE_CURRICULUM["validation_pictures"] + REFERENCE_CURRICULUM["training_pictures"]
+    most = REFERENCE_CURRICULUM["validation_images"] + REFERENCE_CURRICULUM["training_images"]
     kept = kept[:most] if seed is None else hold_out(kept, min(most, len(kept)), seed)[0]
-    held = round(len(kept) * REFERENCE_CURRICULUM["validation_pictures"] / most)
+    held = round(len(kept) * REFERENCE_CURRICULUM["validation_images"] / most)
     check(1 <= held < len(kept), f"{len(kept)} pictures are too few to keep some for validation; give at least 17")
     validation, training = hold_out(kept, held, seed)
     return validation, chunks(training, seed=seed), copies

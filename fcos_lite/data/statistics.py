@@ -72,7 +72,7 @@ def assignment_coverage(
     from fcos_lite.detector.targets import assign_targets, unassigned_boxes
     rows = [examples[int(i)] for i in np.unique(np.linspace(0, len(examples) - 1, min(sample, len(examples))).astype(int))]
     most, ends = max(1, *(len(e.labels) for e in rows)), np.cumsum([(image_size // stride) ** 2 for stride in strides])
-    rules = dict(level_areas=recipe.level_areas, level_rule=recipe.level_rule, center_radius=recipe.center_radius, rescue_lost=recipe.rescue_lost)
+    rules = dict(level_areas=recipe.targets.level_areas, level_rule=recipe.targets.level_rule, center_radius=recipe.targets.center_radius, assign_nearest_if_empty=recipe.targets.assign_nearest_if_empty)
     counts = {"pictures": len(rows), "people": 0, "empty": 0, "beaten": 0, "positives": np.zeros(len(strides), int), "boxes": np.zeros(len(strides), int)}
     for first in range(0, len(rows), 8):
         padded = []

@@ -87,7 +87,7 @@ def voc_row(
     except (TypeError, ValueError): raise InvalidAnnotation("that is not four numbers") from None
     return name, [left - 1, top - 1, right - left + 1, bottom - top + 1], (found.findtext("difficult") or "").strip() == "1"
 
-def voc_size(page): # (width, height), pixels; None where the page does not say
+def voc_size(page): # (width, height), pixels; None where the page does not log
     "How large a picture is by its page."
     try: size = tuple(float(page.findtext(f"size/{side}")) for side in ("width", "height"))
     except (TypeError, ValueError): return None

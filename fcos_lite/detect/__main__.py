@@ -35,14 +35,14 @@ def detect_files(
     model, # `FCOS`, or anything with its `detect`
     files, # [Path]
     thresholds=CAMERA_NMS, # `NMSConfig`
-    say=print, # called with a line for every picture
+    log=print, # called with a line for every picture
 ): # {Path: Result}
     "What is in each file that can be read; the others are said and left out. For pictures enough to be held in memory."
     found = {}
     for file in files:
         try: found[file] = model.detect(file, thresholds)
-        except InputError as error: say(f"skipped: {error}")
-        else: say(f"{file}: {len(found[file])} found")
+        except InputError as error: log(f"skipped: {error}")
+        else: log(f"{file}: {len(found[file])} found")
     return found
 
 # %% ../../nbs/reference/detect/main.ipynb #43a9ddc2

@@ -96,9 +96,9 @@ class Camera:
         tries=5,        # times that a lost camera is opened anew
         pause=1.0,      # seconds before each of them
         opener=None,    # address -> capture, raises InputError; None: open_camera
-        say=print,      # called with a line when the camera is lost, and when it is back
+        log=print,      # called with a line when the camera is lost, and when it is back
     ):
-        self.address, self.name, self.wait, self.tries, self.pause, self.opener, self.say = address, camera_name(address), wait, tries, pause, opener or open_camera, say
+        self.address, self.name, self.wait, self.tries, self.pause, self.opener, self.log = address, camera_name(address), wait, tries, pause, opener or open_camera, log
         self.closed, self.first, self.before, self.dropped = threading.Event(), None, 0, 0
         self.newest = LatestFrameReader(self.opener(address))
 
@@ -112,14 +112,14 @@ class Camera:
                 self.reopen(failures := failures + 1)
                 continue
             image, index, arrived, seconds = taken
-            if failures: self.say(f"{self.name}: is back")
+            if failures: self.log(f"{self.name}: is back")
             failures, index, self.first = 0, index + self.before, arrived if self.first is None else self.first
             self.dropped, last = self.dropped + index - last - 1, index
             yield Frame(cv2.cvtColor(image, cv2.COLOR_BGR2RGB), self.name, index, arrived - self.first, None, arrived, seconds)
 
     def reopen(self, number):
         "Leave the old capture to its thread, and try a new one."
-        if number == 1: self.say(f"{self.name}: lost; trying to open it again")
+        if number == 1: self.log(f"{self.name}: lost; trying to open it again")
         self.newest.stop()
         if self.closed.wait(self.pause): return
         try: capture = self.opener(self.address)

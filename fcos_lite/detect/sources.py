@@ -169,14 +169,14 @@ def fetch_video(response, name, suffix): # Path
     return Path(file.name)
 
 # %% ../../nbs/reference/detect/sources.ipynb #2f06830d
-def open_source(source, say): # yields Frame
+def open_source(source, log): # yields Frame
     "The frames of one source; raises `InputError` where it cannot be read."
     if source.kind == "camera":
-        with Camera(source.value, say=say or print) as camera: yield from camera
+        with Camera(source.value, log=log or print) as camera: yield from camera
     elif source.kind == "video":
         video = Video(source.value)
         yield from video
-        if say and video.lost: say(f"{source.name}: {video.lost} of {video.count} frames are damaged, and were left out")
+        if log and video.lost: log(f"{source.name}: {video.lost} of {video.count} frames are damaged, and were left out")
     else:
         started = time.perf_counter()
         image = source.value if isinstance(source.value, np.ndarray) else read_image(source.value) if source.kind == "picture" else fetch(source.value)
@@ -190,11 +190,11 @@ def of_temporary(path, name): # yields Frame
 
 def read_frames(
     sources,  # [Source]
-    say=None, # called with a line for each picture or video that cannot be read; None: raises `InputError`
+    log=None, # called with a line for each picture or video that cannot be read; None: raises `InputError`
 ): # yields Frame
     "The frames of all sources, one source after the other, one frame at a time."
     for source in sources:
-        try: yield from open_source(source, say)
+        try: yield from open_source(source, log)
         except InputError as error:
-            if say is None or source.kind == "camera": raise
-            say(f"skipped: {error}")
+            if log is None or source.kind == "camera": raise
+            log(f"skipped: {error}")

@@ -31,14 +31,14 @@ class Frame:
 # %% ../../nbs/reference/detect/video.ipynb #c3946d3e
 PATIENCE = 250         # reads in a row without a frame that make an end
 LONGEST_PAUSE = 60.0   # seconds between two frames; more than that is a broken clock
-FALLBACK_FPS = 25.0    # where a file does not say
+FALLBACK_FPS = 25.0    # where a file does not log
 
 def open_video(path): # cv2.VideoCapture
     "A video file, opened; raises `InputError` where it cannot be."
     path = Path(path)
     check(not path.is_dir(), f"{path}: this is a folder; name a video in it")
     check(path.exists(), f"{path}: no such file; check the spelling and the folder")
-    level = cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_ERROR)       # it warns of what we are going to say
+    level = cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_ERROR)       # it warns of what we are going to log
     capture = cv2.VideoCapture(str(path), cv2.CAP_FFMPEG) if path.stat().st_size else None
     cv2.utils.logging.setLogLevel(level)
     check(capture and capture.isOpened(), f"{path}: {'not a video that can be read' if capture else 'the file is empty (0 bytes)'}, or not a whole one; "

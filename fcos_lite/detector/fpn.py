@@ -64,5 +64,5 @@ def build_fpn(
 ): # keras.Model, (B, image size, image size, 3) in [0, 1] to the pyramid's levels
     "Backbone and pyramid."
     image = keras.Input((network.image_size, network.image_size, 3), name="image")
-    maps = (backbone if network.backbone == "source" else keras_backbone)(image, network)
+    maps = (backbone if network.backbone == "reference" else keras_backbone)(image, network)
     return keras.Model(image, pyramid(maps, network), name="FPN")

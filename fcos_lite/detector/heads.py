@@ -53,7 +53,7 @@ class Heads(layers.Layer):
     "From pyramid levels to class logits, distances (strides) and centerness logits at every location (Tian et al. 2019)."
     def __init__(self, network, **kwargs):
         super().__init__(**kwargs)
-        self.strides, self.scale_start = network.strides, network.scale_start
+        self.strides, self.scale_init = network.strides, network.scale_init
         self.centerness_tower = network.centerness_tower
         self.cls_tower = tower(network, "cls_tower")
         self.reg_tower = tower(network, "reg_tower")
@@ -63,7 +63,7 @@ class Heads(layers.Layer):
 
     def build(self, level_shapes):
         for part in (self.classes, self.distances, self.centers): part.build(self.cls_tower.output_shape)
-        self.scales = [self.add_weight(shape=(), initializer=keras.initializers.Constant(self.scale_start), name=f"scale_{stride}",
+        self.scales = [self.add_weight(shape=(), initializer=keras.initializers.Constant(self.scale_init), name=f"scale_{stride}",
                                        dtype="float32", autocast=False) for stride in self.strides]
         self.built = True
 

@@ -52,11 +52,11 @@ class FCOS(keras.Model):
         **kwargs,              # to keras.Model
     ):
         super().__init__(dtype="float32", **kwargs)   # under a mixed policy Keras would round the boxes on their way in
-        self.network, self.recipe = network, recipe
+        self.config, self.recipe = network, recipe
         self.fpn = build_fpn(network)
         self.heads = Heads(network, name="heads", dtype="float32")
         r = recipe
-        self.augment = Augment(r.flip, r.brightness, r.noise, r.augment_probability, r.zoom, r.mosaic, r.color, r.min_kept, seed=seed)
+        self.augment = Augment(r.augment.flip, r.augment.brightness, r.augment.noise, r.augment.augment_probability, r.augment.zoom, r.augment.mosaic, r.augment.color_jitter, r.augment.min_visibility, seed=seed)
         self.parts = {name: keras.metrics.Mean(name=name) for name in ("cls", "reg", "ctr", "positives")}
         self.streak = NonFiniteLatch()
         object.__setattr__(self, "graphs", {})   # kept from Keras: what is made around this model is no part of it
@@ -93,7 +93,7 @@ class FCOS(keras.Model):
 
     def compute_loss(self, x=None, y=None, y_pred=None, sample_weight=None, training=True):
         "The total, for `fit`, NaN after the first of the epoch that was no number; its parts go to the trackers that `fit` shows."
-        losses = self.losses_of(y_pred, y_pred["boxes"], y_pred["labels"])
+        losses = self.compute_losses(y_pred, y_pred["boxes"], y_pred["labels"])
         for name, tracker in self.parts.items(): tracker.update_state(losses[name])
         if not training: return losses["loss"]
         self.streak.update_state(losses["loss"])
@@ -103,11 +103,11 @@ class FCOS(keras.Model):
         boxes,  # (B, M, 4) xyxy, pixels of the square
         labels, # (B, M) class indices; -1 padding, -2 - k crowd of class k
     ): # as `targets.assign`
-        "What each location should say, by the recipe."
-        r, n = self.recipe, self.network
-        return assign_targets(boxes, labels, n.image_size, n.strides, n.num_classes, r.level_areas, r.level_rule, r.center_radius, r.rescue_lost, r.crowd)
+        "What each location should log, by the recipe."
+        r, n = self.recipe, self.config
+        return assign_targets(boxes, labels, n.image_size, n.strides, n.num_classes, r.targets.level_areas, r.targets.level_rule, r.targets.center_radius, r.targets.assign_nearest_if_empty, r.targets.crowd_policy)
 
-    def losses_of(self,
+    def compute_losses(self,
         outputs, # as `call` gives them
         boxes,   # (B, M, 4) xyxy, pixels of the square
         labels,  # (B, M)
@@ -117,8 +117,8 @@ class FCOS(keras.Model):
         r, targets = self.recipe, self.targets(boxes, labels if real is None else ops.where(real[:, None], labels, -1))
         if real is not None: targets = {**targets, "counted": targets["counted"] & real[:, None]}
         found = {name: outputs[name] for name in ("cls", "ltrb", "centerness")}
-        losses = fcos_losses(found, targets, r.focal_alpha, r.focal_gamma, r.ltrb_weighting, r.centerness_normalizer)
-        return {**losses, "loss": total_loss(losses, r.centerness_weight), "positives": ops.sum(targets["cls"]), "central": ops.sum(targets["centerness"])}
+        losses = fcos_losses(found, targets, r.losses.focal_alpha, r.losses.focal_gamma, r.losses.ltrb_weighting, r.losses.centerness_normalizer)
+        return {**losses, "loss": total_loss(losses, r.losses.centerness_weight), "positives": ops.sum(targets["cls"]), "central": ops.sum(targets["centerness"])}
 
     def once(self,
         kind,        # Detector, or another class of models made of a model and thresholds
@@ -153,11 +153,11 @@ class FCOS(keras.Model):
         source, # anything that `sources.find_sources` knows: also videos and cameras
         thresholds=CAMERA_NMS, # config.Thresholds, or their name: camera, evaluation, coco
         batch_size=1, # pictures at a time; more are faster, and later
-        say=None, # called with a line for each picture or video that cannot be read; None: raises `InputError`
+        log=None, # called with a line for each picture or video that cannot be read; None: raises `InputError`
     ): # yields results.Result
         "What is in each picture of a source, one after the other, as they come."
         sources, thresholds = find_sources(source), get_nms_config(thresholds)
-        for frames in in_batches(read_frames(sources, say), batch_size): yield from detect_batch(self, frames, thresholds, batch_size)
+        for frames in in_batches(read_frames(sources, log), batch_size): yield from detect_batch(self, frames, thresholds, batch_size)
 
     @classmethod
     def from_preset(cls, name, **kwargs):
@@ -178,7 +178,7 @@ class Predictor(keras.Model):
     def call(self,
         image, # (B, S, S, 3) uint8, or floats in [0, 255]
     ): # as `nms.nms`: xyxy (B, K, 4) pixels of the square, score, label and kept (B, K)
-        n, t = self.model.network, self.thresholds
+        n, t = self.model.config, self.thresholds
         boxes, scores = decode(self.model(image), n.image_size, n.strides)
         return nms(boxes, scores, t.iou, t.score, t.max_per_class, t.candidates)
 
@@ -217,12 +217,12 @@ def detect_batch(
 ): # a list of results.Result
     "What is in each of a batch of pictures."
     started = time.perf_counter()
-    fits = [Letterbox.fit(frame.image.shape[1], frame.image.shape[0], model.network.image_size) for frame in frames]
-    squares = np.stack([fit.apply(frame.image, model.network.pad_value) for fit, frame in zip(fits, frames)])
+    fits = [Letterbox.fit(frame.image.shape[1], frame.image.shape[0], model.config.image_size) for frame in frames]
+    squares = np.stack([fit.apply(frame.image, model.config.pad_value) for fit, frame in zip(fits, frames)])
     laid = time.perf_counter()
     results = model.detector(thresholds).predict_on_batch(pad_batch(squares, count))
     each = {"letterbox": (laid - started) / len(frames), "network and NMS": (time.perf_counter() - laid) / len(frames)}
-    return [Result(**vars(to_detections(results, row, model.network.class_names, fit, frame.image)), name=frame.name, index=frame.index, time=frame.time, fps=frame.fps,
+    return [Result(**vars(to_detections(results, row, model.config.class_names, fit, frame.image)), name=frame.name, index=frame.index, time=frame.time, fps=frame.fps,
                    arrived=frame.arrived, seconds={"read": frame.seconds, **each}) for row, (fit, frame) in enumerate(zip(fits, frames))]
 
 # %% ../../nbs/book/10_first_training.ipynb #aa1ad3fc

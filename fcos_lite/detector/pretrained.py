@@ -133,19 +133,19 @@ def validate_pretrained(
     weights, # as `load_pretrained_backbone` takes them; none: no question
 ):
     "Refuse, before anything is built or written, a backbone and weights that do not go together."
-    check(network.backbone != "source" or not weights, f"backbone weights {weights}: source is our own and learns from nothing; choose a backbone of keras.applications, or leave the weights out")
+    check(network.backbone != "reference" or not weights, f"backbone weights {weights}: source is our own and learns from nothing; choose a backbone of keras.applications, or leave the weights out")
     check(weights in (None, "imagenet") or Path(weights).is_file(), f"backbone weights {weights}: no such file; give imagenet, or a file that the network's save_weights wrote")
-    if network.backbone != "source": feature_extractor(network)
+    if network.backbone != "reference": feature_extractor(network)
 
 def load_pretrained_backbone(
     model, # model.FCOS whose backbone is somebody else's
     weights, # imagenet, or the path of a .weights.h5 file
 ):
     "Give a detector's backbone the weights that it was published with."
-    validate_pretrained(model.network, weights)
-    model.fpn.get_layer("c_body").set_weights(feature_extractor(model.network, weights)[0].get_weights())
+    validate_pretrained(model.config, weights)
+    model.fpn.get_layer("c_body").set_weights(feature_extractor(model.config, weights)[0].get_weights())
 
 def describe_backbone(model): # model.FCOS -> str
     "What a detector's backbone costs, in a line."
     (parameters, multiplications), (_, above) = component_costs(model.fpn).values()
-    return f"backbone {model.network.backbone}: {parameters:,} parameters, {multiplications / 1e9:.2f} GMACs a picture; the pyramid over it {above / 1e9:.2f}"
+    return f"backbone {model.config.backbone}: {parameters:,} parameters, {multiplications / 1e9:.2f} GMACs a picture; the pyramid over it {above / 1e9:.2f}"

@@ -95,7 +95,7 @@ def axis_masks(
     side, # cells in a row of the level
     stride, # pixels
     center_radius, # strides, or None
-    rescue_lost, # bool
+    assign_nearest_if_empty, # bool
 ): # rows and columns, (B, side, M) bool each
     "Which rows and which columns of a level each box claims; where they cross, it claims the cell."
     left, top, right, bottom = ops.unstack(boxes, 4, axis=-1)
@@ -103,7 +103,7 @@ def axis_masks(
     claimed = [cells_inside(*span, side, stride) for span in spans]
     if center_radius is not None:
         claimed = [cells & (center_region(*span, side, stride, center_radius) | region[:, None]) for cells, span in zip(claimed, spans)]
-    if rescue_lost:
+    if assign_nearest_if_empty:
         lost = mine & ~(ops.any(claimed[0], axis=1) & ops.any(claimed[1], axis=1))
         claimed = [ops.where(lost[:, None], nearest_cell(*span, side, stride), cells) for cells, span in zip(claimed, spans)]
     return claimed[0] & (mine | region)[:, None], claimed[1]
@@ -131,11 +131,11 @@ def candidate_masks(
     level_areas=(4096, 16384, 65536), # largest area of each level but the last, pixels²
     level_rule="area", # area, relative_area, max_distance
     center_radius=None, # strides; None: anywhere inside
-    rescue_lost=False, # give a box that holds no location its nearest one
+    assign_nearest_if_empty=False, # give a box that holds no location its nearest one
 ): # for each level (B, side, side, M) bool
     "Which box claims which cell, before any conflict is settled."
     check(level_rule in ("area", "relative_area", "max_distance"), f"level_rule {level_rule!r}: choose area, relative_area or max_distance")
-    check(not (rescue_lost and level_rule == "max_distance"), "rescue_lost: with level_rule max_distance a box belongs to no one level; choose area or relative_area")
+    check(not (assign_nearest_if_empty and level_rule == "max_distance"), "assign_nearest_if_empty: with level_rule max_distance a box belongs to no one level; choose area or relative_area")
     check(len(level_areas) == len(strides) - 1, f"level_areas {level_areas}: {len(strides)} strides need {len(strides) - 1} areas, the largest of each level but the last")
     if level_rule == "relative_area": level_areas = [limit * (image_size / 512)**2 for limit in level_areas]
     reach = [0.0, *(math.sqrt(limit) for limit in level_areas), math.inf]
@@ -144,7 +144,7 @@ def candidate_masks(
     for level, stride in enumerate(strides):
         side = image_size // stride
         mine = person if level_rule == "max_distance" else person & (levels == level)
-        rows, columns = axis_masks(boxes, mine, region, side, stride, center_radius, rescue_lost)
+        rows, columns = axis_masks(boxes, mine, region, side, stride, center_radius, assign_nearest_if_empty)
         claim = rows[:, :, None] & columns[:, None]
         if level_rule == "max_distance":
             fits = in_regression_range(boxes, side, stride, reach[level + 1]) & ~in_regression_range(boxes, side, stride, reach[level])
@@ -176,14 +176,14 @@ def assign_targets(
     level_areas=(4096, 16384, 65536), # largest area of each level but the last, pixels²
     level_rule="area", # area, relative_area, max_distance
     center_radius=None, # strides; None: anywhere inside
-    rescue_lost=False, # give a box that holds no location its nearest one
-    crowd="negative", # locations in a crowd region that nobody claims: negative, or ignore them
+    assign_nearest_if_empty=False, # give a box that holds no location its nearest one
+    crowd_policy="negative", # locations in a crowd region that nobody claims: negative, or ignore them
 ): # dict of (B, N, ...): cls one-hot, ltrb in strides, centerness, positive, counted, box (-1: none)
     "What every location of every picture has to learn."
-    check(crowd in ("negative", "ignore"), f"crowd {crowd!r}: choose negative or ignore")
-    if crowd == "negative": labels = ops.maximum(labels, -1)
+    check(crowd_policy in ("negative", "ignore"), f"crowd_policy {crowd_policy!r}: choose negative or ignore")
+    if crowd_policy == "negative": labels = ops.maximum(labels, -1)
     boxes, labels, order = sort_by_area(boxes, labels)
-    winner = resolve_conflicts(candidate_masks(boxes, labels, image_size, strides, level_areas, level_rule, center_radius, rescue_lost))
+    winner = resolve_conflicts(candidate_masks(boxes, labels, image_size, strides, level_areas, level_rule, center_radius, assign_nearest_if_empty))
     label = ops.take_along_axis(labels, winner, axis=1)
     positive = label >= 0
     stride = location_strides(image_size, strides)[:, None]

@@ -15,7 +15,7 @@ from pathlib import Path
 import h5py
 import keras
 import fcos_lite
-from ..config import SCRATCH_RECIPE, InputError, ModelConfig, TrainConfig, check
+from ..config import SCRATCH_RECIPE, from_json, InputError, ModelConfig, TrainConfig, check
 
 # %% ../../nbs/reference/detector/weights.ipynb #12bf33e3
 class WeightsOnly(keras.Model):
@@ -67,13 +67,12 @@ def read_config(
     if not path.is_file(): return None
     try:
         document = json.loads(path.read_text(encoding="utf-8"))
-        recipe = {**asdict(SCRATCH_RECIPE), **document.get("recipe", {})}
-        return ModelConfig(**tuples(document["network"])), TrainConfig(**tuples({field.name: recipe[field.name] for field in fields(TrainConfig)}))
+        return from_json(ModelConfig, document["model"]), from_json(TrainConfig, document.get("recipe") or asdict(SCRATCH_RECIPE))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{path}: tells no network that this version knows ({type(error).__name__}: {error}); it must be the config.json of the run that made the weights") from None
 
 # %% ../../nbs/reference/detector/weights.ipynb #5cb9619f
-SIZE_INDEPENDENT_FIELDS = {"image_size", "pad_value", "class_names", "class_prior", "ltrb_bias", "centerness_bias", "scale_start"}   # of the network's fields, those that arrays do not depend on
+SIZE_INDEPENDENT_FIELDS = {"image_size", "pad_value", "class_names", "class_prior", "ltrb_bias", "centerness_bias", "scale_init"}   # of the network's fields, those that arrays do not depend on
 
 def find_mismatches(
     theirs, # Network of the weights, or None where it is not known
@@ -81,7 +80,7 @@ def find_mismatches(
     model,  # model.FCOS that is to take them
 ): # strings; none where they fit
     "Why weights do not fit a model."
-    here, ours = Counter(tuple(array.shape) for array in model.weights), asdict(model.network)
+    here, ours = Counter(tuple(array.shape) for array in model.weights), asdict(model.config)
     several = lambda shapes: ", ".join(f"{count} of {shape}" for shape, count in sorted(shapes.items(), key=str)[:4]) or "none"
     found = [f"{name} is {value} there and {ours[name]} here" for name, value in (asdict(theirs) if theirs else {}).items()
              if value != ours[name] and (name not in SIZE_INDEPENDENT_FIELDS or name == "class_names" and stored != here)]
@@ -146,6 +145,6 @@ def publish_weights(
             else: small.create_dataset(name, data=item[()].astype("float16") if item.dtype == "float32" else item[()])
         whole.visititems(copy)
     page = json.loads(config_path(source).read_text(encoding="utf-8"))
-    page = {"network": page["network"], "recipe": page["recipe"], **(notes or {})}
+    page = {"model": page["model"], "recipe": page["recipe"], **(notes or {})}
     target.with_name(target.name.removesuffix(".weights.h5") + ".json").write_text(json.dumps(page, indent=2) + "\n", encoding="utf-8")
     target.with_name(target.name + ".sha256").write_text(f"{hashlib.sha256(target.read_bytes()).hexdigest()}  {target.name}\n")

@@ -44,11 +44,11 @@ class Evaluator(keras.Model):
     def call(self,
         batch, # as Batches gives them, and "real" (B,) bool: False for pictures that only fill it
     ): # {"losses": {name: scalar}, "found": [as nms.nms, one for each of the thresholds]}
-        model, n = self.model, self.model.network
+        model, n = self.model, self.model.config
         outputs = model(batch["image"])
         boxes, scores = decode(outputs, n.image_size, n.strides)
         found = [nms(boxes, scores, t.iou, t.score, t.max_per_class, t.candidates) for t in self.thresholds]
-        return {"losses": model.losses_of(outputs, batch["boxes"], batch["labels"], batch["real"]), "found": found}
+        return {"losses": model.compute_losses(outputs, batch["boxes"], batch["labels"], batch["real"]), "found": found}
 
 # %% ../../nbs/book/14_mistakes.ipynb #80d973bd
 def predict(
@@ -61,7 +61,7 @@ def predict(
     "Run a detector over examples; raises InputError where more than a hundredth of them cannot be read."
     check(len(examples), "no pictures to evaluate: give at least one")
     count = min(batch_size, len(examples))
-    batches = Batches(examples, count, model.network.image_size, pad_value=model.network.pad_value)
+    batches = Batches(examples, count, model.config.image_size, pad_value=model.config.pad_value)
     evaluator = model.once(Evaluator, tuple(thresholds), (count, batches.max_boxes))
     found, losses = [[] for _ in thresholds], []
     for i in range(len(batches)):
@@ -69,13 +69,13 @@ def predict(
         results = evaluator.predict_on_batch({**{name: pad_batch(values, count) for name, values in batch.items()}, "real": np.arange(count) < len(part)})
         losses.append(results["losses"])
         for row, example in enumerate(part):
-            fit = Letterbox.fit(example.width, example.height, model.network.image_size)
-            for mine, result in zip(found, results["found"]): mine.append(to_detections(result, row, model.network.class_names, fit))
+            fit = Letterbox.fit(example.width, example.height, model.config.image_size)
+            for mine, result in zip(found, results["found"]): mine.append(to_detections(result, row, model.config.class_names, fit))
         if progress: progress(i + 1, len(batches))
     batches.on_epoch_end()   # stops where too many pictures could not be read
     r, columns = model.recipe, {name: np.array([float(batch[name]) for batch in losses]) for name in losses[0]}
-    parts = aggregate_batches(columns, r.ltrb_weighting, r.centerness_normalizer)
-    return found, {**parts, "loss": total_loss(parts, r.centerness_weight), "positives": columns["positives"].sum()}
+    parts = aggregate_batches(columns, r.losses.ltrb_weighting, r.losses.centerness_normalizer)
+    return found, {**parts, "loss": total_loss(parts, r.losses.centerness_weight), "positives": columns["positives"].sum()}
 
 # %% ../../nbs/book/14_mistakes.ipynb #2c7825f7
 def plot_precision_recall(curves, path): # as metrics.precision_recall gives them; of the picture
@@ -161,7 +161,7 @@ def evaluate(
 ): # the report, a dictionary of plain numbers
     "Everything that is reported of a model on examples."
     (found, found_source), losses = predict(model, examples, batch_size, progress=progress)
-    report, curves = summarize(examples, found, found_source, model.network.class_names)
+    report, curves = summarize(examples, found, found_source, model.config.class_names)
     report["losses"] = losses
     if out is not None: write_report(Path(out), report, curves, examples, found, pictures)
     return report
@@ -218,8 +218,8 @@ def main(argv=None):
     check_out(out, arguments.force, "evaluation", lambda folder: (folder / "evaluation.json").is_file() and not (folder / "config.json").exists())   # nor a run with one
     for name in ("batch_size", "limit"): check(getattr(arguments, name) is None or getattr(arguments, name) >= 1, f"--{name.replace('_', '-')} {getattr(arguments, name)}: give at least 1")
     model = FCOS.from_preset(arguments.weights)
-    if arguments.coco: examples = read_dataset(arguments.coco, arguments.part, model.network.class_names, arguments.limit)
-    else: examples = list(Scenes(arguments.limit or 100, arguments.seed + 1_000_000, with_flags(World(size=model.network.image_size, class_names=model.network.class_names), arguments)))
+    if arguments.coco: examples = read_dataset(arguments.coco, arguments.part, model.config.class_names, arguments.limit)
+    else: examples = list(Scenes(arguments.limit or 100, arguments.seed + 1_000_000, with_flags(World(size=model.config.image_size, class_names=model.config.class_names), arguments)))
     if getattr(examples, "report", None): print(examples.report)
     aside = out.with_name(f".{out.name}.partial")
     shutil.rmtree(aside, ignore_errors=True)

@@ -79,7 +79,7 @@ def export(
     from fcos_lite.export import graph as graphs
     boxes = graphs.ExportModule(model, thresholds, rows)
     write = {"saved_model": graphs.write_saved_model, "litert": graphs.write_litert, "onnx": graphs.write_onnx}[format]
-    page = make_manifest(model.network, format, precision, batch_size, rows, thresholds, weights)
+    page = make_manifest(model.config, format, precision, batch_size, rows, thresholds, weights)
     return write_folder(out, page, lambda target: write(graphs.trace(boxes, batch_size), target)), boxes
 
 # %% ../../nbs/reference/export/main.ipynb #4b4e3779
@@ -172,7 +172,7 @@ def main(argv=None):
     for name in ("rows", "batch_size", "representative"): check(getattr(a, name) >= 1, f"--{name.replace('_', '-')} {getattr(a, name)}: give at least 1")
     check(os.environ.get("KERAS_BACKEND", "tensorflow") == "tensorflow", f"KERAS_BACKEND {os.environ.get('KERAS_BACKEND')}: graphs are written with TensorFlow; run again with KERAS_BACKEND=tensorflow (weights trained on JAX are welcome)")
     model, weights = load_at(a.weights, a.image_size)
-    squares = representative(a.pictures, model.network, a.representative)
+    squares = representative(a.pictures, model.config, a.representative)
     aside = out.with_name(f".{out.name}.new")
     shutil.rmtree(aside, ignore_errors=True)
     exported, boxes = export(model, aside, a.format, a.precision, with_flags(CAMERA_NMS, a), 0 if a.no_nms else a.rows, a.batch_size, squares, weights)
@@ -182,7 +182,7 @@ def main(argv=None):
     if out.exists(): shutil.rmtree(out)
     os.replace(aside, out)
     size = sum(file.stat().st_size for file in out.rglob("*") if file.is_file())
-    print(f"{a.format}, {a.precision}, {model.network.image_size}², {size / 1e6:.1f} MB: {out / FILES[a.format]}; how to use it: {out / MANIFEST_NAME}")
+    print(f"{a.format}, {a.precision}, {model.config.image_size}², {size / 1e6:.1f} MB: {out / FILES[a.format]}; how to use it: {out / MANIFEST_NAME}")
 
 # %% ../../nbs/reference/export/main.ipynb #5993021d
 if __name__ == "__main__": run_command(main)

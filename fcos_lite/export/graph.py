@@ -39,7 +39,7 @@ class ExportModule(keras.Model):
         rows=100, # of the table; 0: no table and no NMS, but the box and the scores of every location
     ):
         super().__init__(dtype="float32")
-        n = model.network
+        n = model.config
         enter = min(thresholds.candidates, n.num_classes * sum((n.image_size // stride) ** 2 for stride in n.strides))
         check(rows <= enter, f"{rows} rows, but only {enter} candidates enter NMS: ask for fewer rows, or for more candidates")
         self.model, self.detector, self.rows, self.built = model, model.detector(thresholds), rows, True
@@ -48,7 +48,7 @@ class ExportModule(keras.Model):
         image, # (B, S, S, 3) uint8
     ): # as `compact_detections`; without rows "boxes" (B, N, 4), "scores" (B, N, classes)
         if self.rows: return compact_detections(self.detector(image), self.rows)
-        boxes, scores = decode(self.model(image), self.model.network.image_size, self.model.network.strides)
+        boxes, scores = decode(self.model(image), self.model.config.image_size, self.model.config.strides)
         return {"boxes": boxes, "scores": scores}
 
 # %% ../../nbs/book/17_fast.ipynb #8b8648fc
@@ -58,8 +58,8 @@ def trace(
 ): # tf.Module: `run`, a function of "image" (batch_size, S, S, 3) uint8, and the `arrays` that it needs
     "What a detector does, recorded once."
     import tensorflow as tf
-    tf.get_logger().setLevel(logging.ERROR)   # it would say of every file where its assets are
-    size, graph = boxes.model.network.image_size, tf.Module()
+    tf.get_logger().setLevel(logging.ERROR)   # it would log of every file where its assets are
+    size, graph = boxes.model.config.image_size, tf.Module()
     image = tf.TensorSpec((batch_size, size, size, 3), "uint8", name="image")
     graph.run = tf.function(lambda image: boxes(image, training=False), input_signature=[image], autograph=False)
     graph.arrays = list(graph.run.get_concrete_function().variables)

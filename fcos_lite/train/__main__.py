@@ -31,7 +31,8 @@ from .meeting import add_process_flags
 from .memory import keep_freed_memory, limit_gpu_memory
 from .distributed import SharedCheckpoint, alone, folder_of, run_of, seen_by
 from .callbacks import TimeBudget, EpochLogger
-from .run import Run, locked
+from .run import Run
+from ..files import folder_lock
 from ..scenes.scenes import World
 from .team import Team
 from .tracking import Tracking
@@ -44,8 +45,8 @@ EPILOG = """examples:
   python -m fcos_lite.train --coco DIR --image-size 256 --epochs 3 --out runs/first
   python -u -m fcos_lite.train --coco DIR > logfile.txt 2>&1 &
   python -m fcos_lite.train --records DIR                       out of what python -m fcos_lite.data write has written
-  python -m fcos_lite.train --coco DIR --recipe source          the source's curriculum: chunks of 10,000 pictures, then all of them
-  python -m fcos_lite.train --coco DIR --stage "pictures=0:10000 epochs=30" --stage "epochs=10 peak_rate=1e-6 constant=yes pace_heads=10"
+  python -m fcos_lite.train --coco DIR --recipe reference          the source's curriculum: chunks of 10,000 pictures, then all of them
+  python -m fcos_lite.train --coco DIR --stage "images=0:10000 epochs=30" --stage "epochs=10 learning_rate=1e-6 constant=yes heads_lr_multiplier=10"
 
 DIR is laid out as COCO is: train2017/, val2017/ and annotations/instances_{train2017,val2017}.json; so is each piece that
 python -m fcos_lite.packs cuts a large one into, and --coco packs/* takes them all.
@@ -64,7 +65,7 @@ def parser(): # argparse.ArgumentParser
     p.add_argument("--force", action="store_true", help="replace an earlier run in --out")
     p.add_argument("--resume", metavar="DIR", help="go on with the run in this folder, as it was asked for; a flag that says otherwise is refused, but for those of several processes and --gpu-memory-limit")
     p.add_argument("--checkpoint-seconds", type=float, default=300, metavar="N", help="between two checkpoints within an epoch (default: %(default)s)")
-    p.add_argument("--network", choices=MODELS, default="source", help="what is trained (default: %(default)s)")
+    p.add_argument("--model", choices=MODELS, default="source", help="what is trained (default: %(default)s)")
     p.add_argument("--recipe", choices=RECIPES, default="scratch", help="how it learns (default: %(default)s)")
     p.add_argument("--weights", metavar="NAME|PATH", help="start from these: person, the folder of a run, or a .weights.h5 file; where the classes differ, their layer is made anew")
     p.add_argument("--backbone-weights", metavar="imagenet|PATH", help="start the backbone from these: those it was published with, or a .weights.h5 file (with --backbone)")
@@ -88,10 +89,10 @@ def estimate(
     batch_size,
 ): # str
     "How long, and how much memory, from one forward pass."
-    needed = f"{estimate_memory(model.network, model.count_params(), batch_size, model_precision(model), model.recipe.accumulate) / 1e9:.1f} GB"
+    needed = f"{estimate_memory(model.config, model.count_params(), batch_size, model_precision(model), model.recipe.optimizer.gradient_accumulation_steps) / 1e9:.1f} GB"
     if has_gpu() or not math.isfinite(steps): return f"about {needed}"   # to compile a second graph for a guess takes longer than to wait for the first epoch
     model.jit_compile = keras.backend.backend() != "tensorflow"   # as it will be trained
-    squares = np.zeros((batch_size, model.network.image_size, model.network.image_size, 3), "uint8")
+    squares = np.zeros((batch_size, model.config.image_size, model.config.image_size, 3), "uint8")
     model.predict_on_batch(squares)
     started = time.time()
     model.predict_on_batch(squares)
@@ -114,29 +115,29 @@ def learn(
     lessons = plan_stages(recipe, len(train))
     clock = TimeBudget(lessons[0].recipe, arguments.minutes) if arguments.minutes is not None else None
     model = build_model(network, recipe, arguments.seed, arguments.precision)
-    if network.backbone != "source": run.say(describe_backbone(model))
+    if network.backbone != "reference": run.log(describe_backbone(model))
     if not latest_checkpoint(run.path):
         if arguments.backbone_weights: load_pretrained_backbone(model, arguments.backbone_weights)
-        if arguments.weights: run.say(str(transfer_weights(model, arguments.weights)))
+        if arguments.weights: run.log(str(transfer_weights(model, arguments.weights)))
     steps = [math.inf if clock else lesson.steps for lesson in lessons]
     duration = f"{arguments.minutes:g} minutes in steps" if clock else f"{sum(steps):,} steps"
-    with alone(model): run.say(f"{model.count_params():,} parameters, {len(train):,} pictures, {duration} of {recipe.batch_size}: {estimate(model, sum(steps), recipe.batch_size)}")
+    with alone(model): run.log(f"{model.count_params():,} parameters, {len(train):,} pictures, {duration} of {recipe.batch_size}: {estimate(model, sum(steps), recipe.batch_size)}")
     pictures = CachedExamples(train, network.image_size, network.pad_value) if arguments.in_memory else train
     report = EpochLogger(run, validation, recipe, steps, arguments.evaluate_every, clock, chunk_samples(lessons, train))
     whose = run_identity(network, recipe, train, seed=arguments.seed, precision=str(arguments.precision), backend=keras.backend.backend())
     run.begin()
     first = int(team.share(f"{remaining_stages(lessons, run.path)[0].index}".encode()))   # process 0 knows where the run stands
     for lesson in lessons[first:]:
-        if len(lessons) > 1: run.say(str(lesson))
-        chunk = pictures[lesson.pictures] if lesson.stage.pictures else pictures
+        if len(lessons) > 1: run.log(str(lesson))
+        chunk = pictures[lesson.pictures] if lesson.stage.images else pictures
         batches = make_batches(chunk, recipe.batch_size, image_size=network.image_size, max_boxes=count_max_boxes(pictures), shuffle_seed=arguments.seed, drop_last=True, pad_value=network.pad_value,
                           workers=arguments.workers, max_queue_size=4 * arguments.workers, part=team.share_of(recipe.batch_size))
         start_stage(model, lesson, by_clock=clock is not None)
         report.now = lesson.index
-        checkpoint = SharedCheckpoint(team, run.path, model, batches, whose, arguments.checkpoint_seconds, epoch_seconds=min(10, arguments.checkpoint_seconds), say=run.say, stage=lesson.index)
-        callbacks = [NonFiniteGuard(run.path, batches, say=run.say), *([clock] if clock else []), report, tracking]
+        checkpoint = SharedCheckpoint(team, run.path, model, batches, whose, arguments.checkpoint_seconds, epoch_seconds=min(10, arguments.checkpoint_seconds), log=run.log, stage=lesson.index)
+        callbacks = [NonFiniteGuard(run.path, batches, log=run.log), *([clock] if clock else []), report, tracking]
         with explain_memory(model): checkpoint.fit(UNTIL_STOPPED if clock else lesson.recipe.epochs, callbacks, verbose=int(sys.stdout.isatty()))
-        if batches.lost: run.say(str(batches.report))
+        if batches.lost: run.log(str(batches.report))
     return model
 
 # %% ../../nbs/reference/train/main.ipynb #c86e726c
@@ -187,11 +188,11 @@ def run_with(
 ): # the evaluation; None without one, and in all processes but the first
     folder = arguments.resume or arguments.out or time.strftime("runs/%Y-%m-%d-%H%M%S")
     if arguments.resume: run, network, recipe, arguments = reopen(folder_of(team, folder), wishes)
-    else: run, network, recipe = None, with_flags(MODELS[arguments.network], arguments), with_flags(RECIPES[arguments.recipe], arguments)
-    train, validation = load_train_val(arguments, network, recipe.validation_share)
+    else: run, network, recipe = None, with_flags(MODELS[arguments.model], arguments), with_flags(RECIPES[arguments.recipe], arguments)
+    train, validation = load_train_val(arguments, network, recipe.validation_fraction)
     if run is None:
         if arguments.recipe == "source" and not recipe.stages and arguments.minutes is None and not hasattr(arguments, "epochs"):
-            recipe = dataclasses.replace(recipe, stages=reference_stages(len(train)))
+            recipe = recipe.change(stages=reference_stages(len(train)))
         validate_pretrained(network, arguments.backbone_weights)
         lessons = plan_stages(recipe, len(train))   # what these pictures cannot fill is refused before there is a folder
         check(arguments.minutes is None or len(lessons) == 1, "--minutes: a clock knows one stage only; leave out --minutes, or the stages (--epochs N is one stage)")
@@ -199,22 +200,22 @@ def run_with(
         run.write_config(network, recipe, vars(arguments))
     run = seen_by(team, run, folder)
     try:
-        with locked(run.path), Tracking(run, arguments.mlflow if team.first else None) as tracking:
+        with folder_lock(run.path), Tracking(run, arguments.mlflow if team.first else None) as tracking:
             for part in (train, validation):
-                if getattr(part, "report", None): run.say(str(part.report))
+                if getattr(part, "report", None): run.log(str(part.report))
             model = learn(run, network, recipe, train, validation, arguments, tracking, team)
             if not team.first: return None
             with alone(model):
                 load_weights(model, run.path / "best.weights.h5")
                 result = evaluate(model, validation, run.path) if arguments.evaluate_every else None
     except KeyboardInterrupt as wish:
-        if not isinstance(wish, Stopped) and not run.new: run.say(f"stopped at once; to go on from the last checkpoint: python -m fcos_lite.train --resume {run.path}")
+        if not isinstance(wish, Stopped) and not run.new: run.log(f"stopped at once; to go on from the last checkpoint: python -m fcos_lite.train --resume {run.path}")
         sys.exit(Stopped.code)
     finally: run.undo()     # whatever ended it before it began
     if result is None:
-        run.say(f"not evaluated; python -m fcos_lite.evaluate --weights {run.path} does it")
+        run.log(f"not evaluated; python -m fcos_lite.evaluate --weights {run.path} does it")
         return None
-    run.say(", ".join(f"{name} {result[name]:.3f}" for name in ("AP", "AP50", "AP75", "source_map75")) + f" on {result['images']} pictures; all of it in {run.path}")
+    run.log(", ".join(f"{name} {result[name]:.3f}" for name in ("AP", "AP50", "AP75", "source_map75")) + f" on {result['images']} pictures; all of it in {run.path}")
     return result
 
 # %% ../../nbs/reference/train/main.ipynb #0f752268

@@ -65,7 +65,7 @@ def move_boxes(
     labels,   # (B, M) class indices; -1 padding, -2 - k crowd of class k
     tile,     # Tile
     source,   # P, side of the picture, pixels
-    min_kept, # share of a box's area that must still be seen, in [0, 1]
+    min_visibility, # share of a box's area that must still be seen, in [0, 1]
 ): # boxes, pixels of the output; labels, -1 where a box was dropped
     "Boxes as a tile shows them."
     start, step, low, high = (ops.tile(values, (1, 2))[:, None] for values in tile)
@@ -73,14 +73,14 @@ def move_boxes(
     moved = (boxes - start) / step
     cut = ops.minimum(ops.maximum(moved, low), high)
     kept = area(cut) / ops.maximum(area(moved), 1e-6)
-    return cut, ops.where(kept > ops.where(labels < -1, 0.0, ops.maximum(min_kept, 1e-6)), labels, -1)
+    return cut, ops.where(kept > ops.where(labels < -1, 0.0, ops.maximum(min_visibility, 1e-6)), labels, -1)
 
 # %% ../../nbs/book/13_augmentation.ipynb #365622af
 def assemble(
     image, boxes, labels, # (B, P, P, 3) in [0, 1]; (B, M, 4) xyxy, pixels; (B, M)
     tiles,                # T of Tile; the t-th shows the picture that is t places further on in the batch
     size,                 # S, of the output, pixels
-    min_kept,
+    min_visibility,
 ): # image (B, S, S, 3); boxes (B, T * M, 4); labels (B, T * M)
     "Pictures made of tiles, with the boxes that are seen in them."
     canvas, moved = GREY, []
@@ -88,7 +88,7 @@ def assemble(
         its_image, its_boxes, its_labels = (ops.roll(value, -turn, axis=0) if turn else value for value in (image, boxes, labels))
         part, covered = paint(its_image, tile, size)
         canvas = canvas * (1 - covered) + part
-        moved.append(move_boxes(its_boxes, its_labels, tile, image.shape[1], min_kept))
+        moved.append(move_boxes(its_boxes, its_labels, tile, image.shape[1], min_visibility))
     return canvas, *(ops.concatenate(values, axis=1) for values in zip(*moved))
 
 def zoom_tile(
@@ -164,17 +164,17 @@ class Augment(layers.Layer):
         zoom=(1.0, 1.0), # least and largest enlargement
         mosaic=0.0,      # probability
         color=0.0,       # contrast, saturation and tint lie within 1 - color ... 1 + color (the tint within half of that)
-        min_kept=0.3,    # share of a box's area that must still be seen
+        min_visibility=0.3,    # share of a box's area that must still be seen
         seed=0,
         **kwargs,
     ):
         super().__init__(dtype="float32", **kwargs)   # mixed precision would round the boxes' pixels
-        check(all(0 <= value <= 1 for value in (flip, probability, mosaic, min_kept)),
-              f"flip {flip}, probability {probability}, mosaic {mosaic}, min_kept {min_kept}: give numbers between 0 and 1")
+        check(all(0 <= value <= 1 for value in (flip, probability, mosaic, min_visibility)),
+              f"flip {flip}, probability {probability}, mosaic {mosaic}, min_visibility {min_visibility}: give numbers between 0 and 1")
         check(brightness >= 0 and noise >= 0 and 0 <= color <= 1, f"brightness {brightness}, noise {noise}, color {color}: must not be negative, and color at most 1")
         check(len(zoom) == 2 and 0 < zoom[0] <= zoom[1], f"zoom {zoom}: give the least and the largest enlargement, both above 0")
         self.flip, self.brightness, self.noise, self.probability = flip, brightness, noise, probability
-        self.zoom, self.mosaic, self.color, self.min_kept = tuple(zoom), mosaic, color, min_kept
+        self.zoom, self.mosaic, self.color, self.min_visibility = tuple(zoom), mosaic, color, min_visibility
         self.generator = random.SeedGenerator(seed)
         self.built = True   # it has no arrays to make; else `fit` on JAX looks at a batch before the first epoch, and `Batches` counts an epoch too many
 
@@ -204,7 +204,7 @@ class Augment(layers.Layer):
         labels, # (B, M) class indices; -1 padding, -2 - k crowd of class k
     ): # image in [0, 1]; boxes and labels, of four times as many rows with a mosaic
         batch = ops.shape(image)[0]
-        if self.zoom != (1, 1) or self.mosaic: image, boxes, labels = assemble(image, boxes, labels, self.tiles(batch, image.shape[1]), image.shape[1], self.min_kept)
+        if self.zoom != (1, 1) or self.mosaic: image, boxes, labels = assemble(image, boxes, labels, self.tiles(batch, image.shape[1]), image.shape[1], self.min_visibility)
         if self.flip: image, boxes = flip(image, boxes, self.happens(batch, self.flip))
         if self.color and self.probability: image = self.recolor(image, batch)
         if self.brightness and self.probability:

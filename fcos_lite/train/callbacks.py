@@ -55,12 +55,12 @@ def validation_metrics(
 ): # {"val_loss": ..., "AP": ..., "source_map75": ..., ...}
     "The validation losses and the COCO figures, as a row of metrics."
     (found, found_source), losses = predict(model, examples)
-    metrics = coco_evaluation(examples, found, model.network.class_names)[0]
+    metrics = coco_evaluation(examples, found, model.config.class_names)[0]
     return {f"val_{name}": value for name, value in losses.items()} | metrics | {"source_map75": source_map75(examples, found_source)}
 
 def precision_on(model, examples): # as `validation_metrics` takes them -> AP
     "The COCO AP alone."
-    return coco_evaluation(examples, predict(model, examples)[0][0], model.network.class_names)[0]["AP"]
+    return coco_evaluation(examples, predict(model, examples)[0][0], model.config.class_names)[0]["AP"]
 
 # %% ../../nbs/reference/train/callbacks.ipynb #baf39702
 EMA_METRICS = "val_loss", "val_cls", "AP", "AP50", "AP75", "source_map75"   # figures that averaged weights get too: those that may be monitored
@@ -81,8 +81,8 @@ class EpochLogger(keras.callbacks.Callback):
         self.run, self.validation, self.recipe, self.steps, self.evaluate_every, self.clock, self.samples = run, validation, recipe, list(steps), evaluate_every, clock, samples
         self.now, self.stage, self.best, self.best_of_stage, self.waited, self.step, self.began = 0, None, -math.inf, -math.inf, 0, 0, 0
         self.first_step = 0
-        self.paced = any(pace not in (None, 1) for some in (recipe, *recipe.stages) for pace in (some.pace_fpn, some.pace_heads))     # two learning rates
-        run.columns = (*run.columns, *(("learning_rate_fpn", "learning_rate_heads") if self.paced else ()), *(f"{name}_average" for name in EMA_METRICS if recipe.average), *(f"AP_{name}" for name, *_ in samples))
+        self.paced = any(pace not in (None, 1) for some in (recipe.optimizer, *recipe.stages) for pace in (some.fpn_lr_multiplier, some.heads_lr_multiplier))     # two learning rates
+        run.columns = (*run.columns, *(("learning_rate_fpn", "learning_rate_heads") if self.paced else ()), *(f"{name}_average" for name in EMA_METRICS if recipe.optimizer.ema_momentum), *(f"AP_{name}" for name, *_ in samples))
 
     counters = "stage", "best", "best_of_stage", "waited", "step", "began"   # what a resumed run goes on with
 
@@ -104,18 +104,18 @@ class EpochLogger(keras.callbacks.Callback):
             better = self.judge(row)
             if self.enough: flush_accumulation(self.model.optimizer)   # the figures are those before it
         self.keep("last")
-        if self.recipe.average: self.keep("last-average", "average")
+        if self.recipe.optimizer.ema_momentum: self.keep("last-average", "average")
         self.run.write_row(row)
-        self.run.say(self.line(row) + better)
+        self.run.log(self.line(row) + better)
         if self.enough:
-            self.run.say(f"no better {self.recipe.monitor} for {self.waited} evaluations: {'this stage ends' if len(self.steps) > 1 else 'stopping'}")
+            self.run.log(f"no better {self.recipe.monitor} for {self.waited} evaluations: {'this stage ends' if len(self.steps) > 1 else 'stopping'}")
             self.model.stop_training = True
 
     def on_train_end(self, logs=None):
         if self.best == -math.inf: self.keep("best")   # nobody judged: the last are the best
 
     @property
-    def enough(self): return 0 < self.recipe.patience <= self.waited
+    def enough(self): return 0 < self.recipe.early_stopping_patience <= self.waited
 
     def is_last(self): return self.clock.left <= 0 if self.clock else self.step - self.began >= self.steps[self.now]
 
@@ -124,35 +124,35 @@ class EpochLogger(keras.callbacks.Callback):
         return (time.time() - self.started) / max(1, self.step - self.first_step) * (self.began + sum(self.steps[self.now:]) - self.step) / 60
 
     def foretell(self, seconds): # of a step
-        "Where it will be a while until the first line, say what twenty steps have shown."
+        "Where it will be a while until the first line, log what twenty steps have shown."
         minutes = seconds * (self.began + sum(self.steps[self.now:]) - self.step) / 60
-        if minutes > 30 and math.isfinite(minutes): self.run.say(f"{seconds:.2f} s a step: about {minutes:.0f} minutes without the evaluations")
+        if minutes > 30 and math.isfinite(minutes): self.run.log(f"{seconds:.2f} s a step: about {minutes:.0f} minutes without the evaluations")
 
     def speed(self):
         seconds = time.time() - self.epoch_started
         rate = float(keras.ops.convert_to_numpy(self.model.optimizer.learning_rate))
-        two = {"learning_rate_fpn": self.model.recipe.pace_fpn * rate, "learning_rate_heads": self.model.recipe.pace_heads * rate} if self.paced else {}
+        two = {"learning_rate_fpn": self.model.recipe.fpn_lr_multiplier * rate, "learning_rate_heads": self.model.recipe.heads_lr_multiplier * rate} if self.paced else {}
         return {"learning_rate": rate, **two, "memory_mb": most_resident(),
                 "images_per_second": (self.step - self.epoch_step) * self.recipe.batch_size / seconds, "overflows": overflow_count(self.model.optimizer)}
 
     def measure(self):
         "The figures on held-out pictures, of the averages too, and the AP on each chunk that has been learned from."
         row = validation_metrics(self.model, self.validation)
-        if self.recipe.average:
+        if self.recipe.optimizer.ema_momentum:
             with ema_weights(self.model): row |= {f"{name}_average": value for name, value in validation_metrics(self.model, self.validation).items() if name in EMA_METRICS}
         return row | {f"AP_{name}": precision_on(self.model, examples) for name, first, examples in self.samples if first <= self.now}
 
     def judge(self, row):
         "Keep the best weights, and count how long a stage has waited for better ones; says so."
         monitor, sign = self.recipe.monitor, -1 if self.recipe.monitor.startswith("val_") else 1
-        figures = {"raw": sign * row[monitor]} | ({"average": sign * row[f"{monitor}_average"]} if self.recipe.average else {})
+        figures = {"raw": sign * row[monitor]} | ({"average": sign * row[f"{monitor}_average"]} if self.recipe.optimizer.ema_momentum else {})
         which = max(figures, key=figures.get)
         self.waited += 1
         if figures[which] > self.best_of_stage: self.best_of_stage, self.waited = figures[which], 0
         if not figures[which] > self.best: return ""
         self.best = figures[which]
         self.keep("best", which)
-        return ", the best so far" + (f" ({which})" if self.recipe.average else "")
+        return ", the best so far" + (f" ({which})" if self.recipe.optimizer.ema_momentum else "")
 
     def keep(self, name, which="raw"):
         "The weights as they are, or their averages, in a file."

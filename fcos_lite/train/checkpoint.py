@@ -115,7 +115,7 @@ def run_identity(
     **more, # what else must be the same: seed, precision, stage
 ): # {part: {field: value}}
     "Whose a checkpoint is, as JSON gives it back."
-    return json.loads(json.dumps({"network": dataclasses.asdict(network), "recipe": dataclasses.asdict(recipe), "data": {"pictures": len(examples), "fingerprint": dataset_checksum(examples)}, "run": more}))
+    return json.loads(json.dumps({"model": dataclasses.asdict(network), "recipe": dataclasses.asdict(recipe), "data": {"pictures": len(examples), "fingerprint": dataset_checksum(examples)}, "run": more}))
 
 def diff_identity(theirs, ours): # strings; none where they are the same
     "In what two runs differ, from their identities."
@@ -165,12 +165,12 @@ class Checkpoint(keras.callbacks.Callback):
         every_seconds=300,    # between two checkpoints
         every_steps=math.inf, # micro-batches between them
         epoch_seconds=0,      # an epoch that ends sooner after a checkpoint makes none, but for the last
-        say=print, # takes a line
+        log=print, # takes a line
         stage=0,   # of a run that has several; the first begins with the model as it is, each other one with the weights that the one before ends with
     ):
         super().__init__()
         self.set_model(model)
-        self.folder, self.batches, self.identity, self.say = Path(folder), batches, identity, say
+        self.folder, self.batches, self.identity, self.log = Path(folder), batches, identity, log
         self.every_seconds, self.every_steps, self.epoch_seconds = every_seconds, every_steps, epoch_seconds
         self.epoch, self.batch, self.done, self.counting, self.wishes, self.means = 0, 0, False, [], StopRequest(), {}
         self.stage, self.began = stage, (0, 0)   # the epoch and the step with which the stage begins: both are counted through the run
@@ -181,7 +181,7 @@ class Checkpoint(keras.callbacks.Callback):
     def fit(self, epochs, callbacks=(), **arguments):
         "`model.fit` from where the folder's run stands to the end of the stage's epochs; raises `Stopped` where that was asked for."
         self.counting = [each for callback in callbacks for each in getattr(callback, "callbacks", [callback]) if hasattr(each, "counters")]   # also of callbacks within one
-        if self.restore(): self.say(f"going on after step {self.step}: epoch {self.epoch + 1}, batch {self.batch + 1} of {len(self.batches)}")
+        if self.restore(): self.log(f"going on after step {self.step}: epoch {self.epoch + 1}, batch {self.batch + 1} of {len(self.batches)}")
         else: self.save()
         epochs += self.began[0]
         with self.wishes:
@@ -241,5 +241,5 @@ class Checkpoint(keras.callbacks.Callback):
         "Stop, if that was asked for."
         if not self.wishes.number: return
         message = f"stopped after step {self.step}, all saved; to go on: python -m fcos_lite.train --resume {self.folder}"
-        self.say(message)
+        self.log(message)
         raise Stopped(message)

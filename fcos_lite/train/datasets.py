@@ -22,14 +22,14 @@ def read_data(
     folders, # several in COCO's layout, or one in YOLO's or Pascal VOC's
     class_names, # of the network
     limit, # pictures of each part, or None
-    validation_share, # of the pictures, where there is no val2017
+    validation_fraction, # of the pictures, where there is no val2017
 ): # two `Examples`
     "Photographs to learn from and others to validate on."
     train = read_datasets(folders, "train2017", class_names, limit)
     if any(has_split(folder, "val2017") for folder in folders):
         validation = read_datasets(folders, "val2017", class_names, limit)
         return report_duplicates(train, validation, "val2017")[0], validation
-    held = count_held_out(train, validation_share, ", ".join(map(str, folders)))
+    held = count_held_out(train, validation_fraction, ", ".join(map(str, folders)))
     return report_duplicates(train[held:], train[:held], "those kept aside")[0], Examples(train[:held], class_names)
 
 def count_held_out(examples, share, where): # int >= 1
@@ -43,7 +43,7 @@ def read_records(
     folder, # as python -m fcos_lite.data write has filled it
     network, # `Network`
     limit, # pictures of each part, or None
-    validation_share, # of the pictures, where there is no part for it
+    validation_fraction, # of the pictures, where there is no part for it
 ): # two `Records`
     "Records to learn from and others to validate on; raises `InputError` where they are not those of this network."
     parts = {kind: [part for part in list_record_splits(folder) if part.startswith(kind)] for kind in ("train", "val")}
@@ -55,7 +55,7 @@ def read_records(
         check(kept.class_names == network.class_names, f"{where}: records of {', '.join(kept.class_names)}, and the network's classes are {', '.join(network.class_names)}; give --class-names {' '.join(kept.class_names)}, or write them with --only-class {' '.join(network.class_names)}")
         check(storage.image_size >= network.image_size, f"{where}: squares of {storage.image_size} pixels, and the network takes {network.image_size}; give --image-size {storage.image_size} or less, or write larger ones")
         check(storage.pad_value == network.pad_value, f"{where}: bars of grey {storage.pad_value}, and the network's are {network.pad_value}; give --pad-value {storage.pad_value}")
-    held = 0 if others else count_held_out(train, validation_share, folder)
+    held = 0 if others else count_held_out(train, validation_fraction, folder)
     return train[held:], (others[0] if others else train[:held]).photographs()
 
 # %% ../../nbs/reference/train/datasets.ipynb #99f660ca
@@ -80,10 +80,10 @@ def draw_data(
 def load_train_val(
     arguments, # what argparse parsed: coco, records, limit, seed, scenes and the drawn world's fields
     network,   # `Network`
-    validation_share, # of the pictures, where they have no part for it
+    validation_fraction, # of the pictures, where they have no part for it
 ): # two sequences of `Example`, to learn from and to validate on
     "What a run learns from, and what it is measured on; raises `InputError`."
     check(not (arguments.coco and arguments.records), "--coco and --records: give one of them")
-    if arguments.coco: return read_data(arguments.coco, network.class_names, arguments.limit, validation_share)
-    if arguments.records: return read_records(arguments.records, network, arguments.limit, validation_share)
+    if arguments.coco: return read_data(arguments.coco, network.class_names, arguments.limit, validation_fraction)
+    if arguments.records: return read_records(arguments.records, network, arguments.limit, validation_fraction)
     return draw_data(arguments, network)

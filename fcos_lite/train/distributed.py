@@ -118,7 +118,7 @@ class SharedCheckpoint(Checkpoint):
 class Elsewhere(Run):
     "The run as the other processes see it: process 0 writes it, and they keep quiet."
     def save_weights(self, model, name): pass
-    def say(self, line): pass
+    def log(self, line): pass
     def write_row(self, row): pass
 
 def folder_of(team, folder): # Team; of a run that is to be resumed -> Path

@@ -48,9 +48,9 @@ def load_donor(
     preset, here = read_config(path), Counter(tuple(array.shape) for array in model.weights)
     check(preset or stored_shapes(path) == here,
           f"{path}: its arrays are not those of this network, and no config.json beside it says what they are; put the one of the run that made it there")
-    donor = FCOS(preset[0] if preset else model.network)
+    donor = FCOS(preset[0] if preset else model.config)
     load_weights(donor, path)
-    why = find_mismatches(replace(donor.network, class_names=model.network.class_names), here, model)
+    why = find_mismatches(replace(donor.config, class_names=model.config.class_names), here, model)
     check(not why, f"{path}: these weights belong to a network that differs in more than its classes: {'; '.join(why)}; change these settings, or begin without weights")
     return donor
 
@@ -61,7 +61,7 @@ def transfer_weights(
     "Give a detector all that another one learned, but what it knows of other classes; raises InputError where more differs."
     path = find_weights(name)
     donor = load_donor(model, path)
-    ours, theirs = model.network.class_names, donor.network.class_names
+    ours, theirs = model.config.class_names, donor.config.class_names
     mine, yours = model.heads.classes, donor.heads.classes
     fresh = [initializer(array.shape) for initializer, array in zip((mine.kernel_initializer, mine.bias_initializer), mine.weights, strict=True)]
     rows = [copy_shared_classes(array, stored, ours, theirs) for array, stored in zip(fresh, yours.get_weights(), strict=True)]

@@ -30,7 +30,7 @@ def asked(
     check(number is None or 0 <= number < count, f"--process-id {number}: with --processes {count} give a number from 0 to {count - 1}")
     if count == 1: return None, 0
     check(keras.backend.backend() == "jax", f"--processes {count}: several processes train on the JAX backend, and this is {keras.backend.backend()}; put KERAS_BACKEND=jax before the command")
-    check(number is not None, f"--processes {count}: say which of them this is, with --process-id, 0 to {count - 1}")
+    check(number is not None, f"--processes {count}: log which of them this is, with --process-id, 0 to {count - 1}")
     host, _, port = (coordinator or "").rpartition(":")
     check(host and port.isdigit() and 0 < int(port) < 65536, f"--coordinator {coordinator}: give HOST:PORT, the machine of process 0 and a free port there, for example 192.168.0.10:7474")
     return host, int(port)

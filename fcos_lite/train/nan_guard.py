@@ -45,7 +45,7 @@ def diagnose(model, batch, random_state): # model.FCOS; as Batches gives it; bef
     model.augment.generator.state.assign(random_state)
     image, truth = model.seen(batch, training=True)
     layers = [(name, 1 - float(ops.mean(ops.cast(ops.isfinite(output), "float32")))) for name, output in layer_outputs(model, image)]
-    losses = model.losses_of(model.heads(model.fpn(image)), **truth)
+    losses = model.compute_losses(model.heads(model.fpn(image)), **truth)
     return {"losses": {name: float(losses[name]) for name in ("cls", "reg", "ctr")}, "layers": layers}
 
 # %% ../../nbs/reference/train/nan_guard.ipynb #b9d65be2
@@ -54,10 +54,10 @@ def format_diagnosis(findings, precision): # as `diagnose` gives them; float32, 
     parts = [name for name, loss in findings["losses"].items() if not math.isfinite(loss)]
     first = next((name for name, share in findings["layers"] if share), None)
     if first == "the picture": remedy = "mend these pictures, or take them out of the data"
-    elif first and precision == "mixed_float16": remedy = "float16 ends at 65,504: take --precision mixed_bfloat16, or a lower --peak-rate"
-    elif first: remedy = "a lower --peak-rate or --clip-norm, or more --warmup-steps"
+    elif first and precision == "mixed_float16": remedy = "float16 ends at 65,504: take --precision mixed_bfloat16, or a lower --learning-rate"
+    elif first: remedy = "a lower --learning-rate or --clip-norm, or more --warmup-steps"
     elif parts: remedy = "the network is sound, so look at the boxes of these pictures"
-    else: remedy = "a lower --peak-rate, or another --precision; layer by layer all is finite, so it was the gradient, or the compiled step alone"
+    else: remedy = "a lower --learning-rate, or another --precision; layer by layer all is finite, so it was the gradient, or the compiled step alone"
     return f"  losses that are no numbers: {', '.join(parts) or 'none'}\n  first layer that is not finite: {first or 'none'}\n  what helps: {remedy}"
 
 # %% ../../nbs/reference/train/nan_guard.ipynb #ac748abf
@@ -67,11 +67,11 @@ class NonFiniteLossError(InputError):
 def model_precision(model): return model.fpn.layers[-1].dtype_policy.name   # float32, mixed_float16 or mixed_bfloat16
 
 def save_failing_batch(folder, model, **arrays): # made; model.FCOS; the batch, its epoch and index, and the random state before it
-    "All that a step reads, but the optimizer, who had no say yet."
+    "All that a step reads, but the optimizer, who had no log yet."
     folder.mkdir(parents=True, exist_ok=True)
     save_weights(model, folder / "broken.weights.h5")
     np.savez(folder / "batch.npz", **arrays)
-    write_json(folder / "config.json", {"network": asdict(model.network), "recipe": asdict(model.recipe), "precision": model_precision(model)})
+    write_json(folder / "config.json", {"model": asdict(model.config), "recipe": asdict(model.recipe), "precision": model_precision(model)})
 
 def replay(folder): # that a `NonFiniteLossError` names -> findings, as `diagnose` gives them
     "The same failure again; raises `InputError` where nothing was kept."
@@ -84,10 +84,10 @@ def replay(folder): # that a `NonFiniteLossError` names -> findings, as `diagnos
 # %% ../../nbs/reference/train/nan_guard.ipynb #bb7e6342
 def explain_no_positives(model, batch): # model.FCOS; as Batches gives it -> lines
     "What in a batch explains that no location has a class to learn."
-    n, r, people = model.network, model.recipe, batch["labels"] >= 0
+    n, r, people = model.config, model.recipe, batch["labels"] >= 0
     boxes, labels = batch["boxes"][people], batch["labels"][people]
     if not len(boxes): return f"  not one box: are the names in the annotations those of the network, {', '.join(n.class_names)}?"
-    rules = {name: getattr(r, name) for name in ("level_areas", "level_rule", "center_radius", "rescue_lost")}
+    rules = {name: getattr(r.targets, name) for name in ("level_areas", "level_rule", "center_radius", "assign_nearest_if_empty")}
     empty = np.asarray(unassigned_boxes(batch["boxes"], batch["labels"], n.image_size, n.strides, **rules)["empty"])[people]
     sides = boxes[:, 2:] - boxes[:, :2]
     outside = (boxes[:, :2] >= n.image_size).any(1) | (boxes[:, 2:] <= 0).any(1)
@@ -100,7 +100,7 @@ def explain_no_positives(model, batch): # model.FCOS; as Batches gives it -> lin
         f"hold no location; half of all are under {small:.1f} pixels, and a cell is {n.strides[0]} wide or more": empty & (sides > 0).all(1),
     }
     found = [f"  {which.sum()} of {len(boxes)} boxes {what}" for what, which in causes.items() if which.any()]
-    return "\n".join(found or [f"  nothing is wrong with its {len(boxes)} boxes; do the random changes drop them all (--min-kept, --zoom)?"])
+    return "\n".join(found or [f"  nothing is wrong with its {len(boxes)} boxes; do the random changes drop them all (--min-visibility, --zoom)?"])
 
 # %% ../../nbs/reference/train/nan_guard.ipynb #ebc5c985
 def to_float(value): return float(ops.convert_to_numpy(value))
@@ -112,10 +112,10 @@ class NonFiniteGuard(keras.callbacks.Callback):
         folder, # of the run
         batches, # batches.Batches that it learns from
         every=100, # steps between two looks
-        say=print, # takes a text
+        log=print, # takes a text
     ):
         super().__init__()
-        self.folder, self.batches, self.every, self.say, self.warned = Path(folder), batches, every, say, False
+        self.folder, self.batches, self.every, self.log, self.warned = Path(folder), batches, every, log, False
 
     def on_epoch_begin(self, epoch, logs=None):
         self.epoch, self.order = epoch, self.batches.epoch
@@ -139,7 +139,7 @@ class NonFiniteGuard(keras.callbacks.Callback):
             first = max(0, min(good, seen - refused))
             self.stop(first, seen, "the loss" if first == good else "the gradient of a finite loss")
         scale = to_float(getattr(optimizer, "dynamic_scale", 1.0))
-        check(scale >= 1, f"epoch {self.epoch + 1}: the loss scale has fallen to {scale:g}, so the gradient overflows float16 even unscaled; take --precision mixed_bfloat16, or a lower --peak-rate")
+        check(scale >= 1, f"epoch {self.epoch + 1}: the loss scale has fallen to {scale:g}, so the gradient overflows float16 even unscaled; take --precision mixed_bfloat16, or a lower --learning-rate")
         self.warn(seen, to_float(self.model.parts["positives"].total), ended)
 
     def warn(self, seen, positives, ended):
@@ -148,7 +148,7 @@ class NonFiniteGuard(keras.callbacks.Callback):
         if positives > self.taught[1]: self.taught = seen, positives
         elif not self.warned and (idle >= self.every or ended and idle == seen > 0):
             self.warned = True
-            self.say(f"warning: in the last {idle} steps no location had a class to learn; in the last batch\n{explain_no_positives(self.model, self.batch(seen - 1))}")
+            self.log(f"warning: in the last {idle} steps no location had a class to learn; in the last batch\n{explain_no_positives(self.model, self.batch(seen - 1))}")
 
     def stop(self, index, seen, what):
         "Keep what replays the batch, and raise `NonFiniteLossError`."
@@ -181,7 +181,7 @@ def count_activations(network): # {"C1": ..., "P2": ..., "heads on P2": ...}, nu
         shortcut = 2 * filters if level > 2 or channels != 2 * filters else 0
         found[f"C{level}"] = cells(level) * (20 * filters * blocks + shortcut)
         channels = 2 * filters
-    if n.backbone != "source": found = {"backbone": activation_size(n.backbone, n.image_size)}   # of somebody else's there is no formula
+    if n.backbone != "reference": found = {"backbone": activation_size(n.backbone, n.image_size)}   # of somebody else's there is no formula
     finest = round(math.log2(n.strides[0]))
     for level in range(finest, max(6, finest + len(n.strides))):
         used = 2**level in n.strides
@@ -208,7 +208,7 @@ def memory_advice(network, parameters, batch_size, precision, accumulate): # as 
     sizes = [max(step, network.image_size * share // 4 // step * step) for share in (3, 2)]
     now = estimate_memory(network, parameters, batch_size, precision, accumulate)
     less = {
-        f"--batch-size {half} --accumulate {waits}": estimate_memory(network, parameters, half, precision, waits),
+        f"--batch-size {half} --gradient-accumulation-steps {waits}": estimate_memory(network, parameters, half, precision, waits),
         "--precision mixed_bfloat16": estimate_memory(network, parameters, batch_size, "mixed_bfloat16", accumulate),
         **{f"--image-size {size}": estimate_memory(replace(network, image_size=size), parameters, batch_size, precision, accumulate) for size in sizes},
     }
@@ -224,5 +224,5 @@ def explain_memory(model): # model.FCOS
         full = isinstance(error, MemoryError) or type(error).__name__ == "ResourceExhaustedError" or "RESOURCE_EXHAUSTED" in str(error)
         if not full: raise
         r = model.recipe
-        helps = memory_advice(model.network, model.count_params(), r.batch_size, model_precision(model), r.accumulate)
+        helps = memory_advice(model.config, model.count_params(), r.batch_size, model_precision(model), r.optimizer.gradient_accumulation_steps)
         raise InputError(f"out of memory: a training step needs {helps}") from error

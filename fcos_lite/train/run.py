@@ -99,7 +99,7 @@ class Run:
         self.new, self.earlier = False, None
 
     def write_config(self, network, recipe, command):
-        write_json(self.path / "config.json", {"network": dataclasses.asdict(network), "recipe": dataclasses.asdict(recipe), "command": command})
+        write_json(self.path / "config.json", {"model": dataclasses.asdict(network), "recipe": dataclasses.asdict(recipe), "command": command})
 
     def preset(self): # Network, Recipe
         "What was asked for, as `config.json` kept it; raises `InputError` where a field is unknown."
@@ -113,11 +113,11 @@ class Run:
     def save_weights(self, model, name):
         "The arrays of the model alone, as `NAME.weights.h5`."
         def write(aside):
-            aside.write_bytes(bytes(4 * model.count_params() + 4096 * len(model.weights)))   # is there room? HDF5 does not say so: its error gets lost when the file is closed
+            aside.write_bytes(bytes(4 * model.count_params() + 4096 * len(model.weights)))   # is there room? HDF5 does not log so: its error gets lost when the file is closed
             save_weights(model, aside)
         atomic_write(self.path / f"{name}.weights.h5", write)
 
-    def say(self, line):
+    def log(self, line):
         "Print a line, and keep it in `log.txt`."
         print(line, flush=True)
         with writing(self.path / "log.txt"), open(self.path / "log.txt", "a", encoding="utf-8") as file: file.write(f"{line}\n")

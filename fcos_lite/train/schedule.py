@@ -14,26 +14,26 @@ from ..config import check
 # %% ../../nbs/book/11_schedule.ipynb #9d5e3134
 @keras.saving.register_keras_serializable("fcos_lite")
 class WarmupCosine(keras.optimizers.schedules.LearningRateSchedule):
-    "A straight ramp from `start_rate` to `peak_rate`, then half a cosine down to `final_rate`, which then stays."
+    "A straight ramp from `start_rate` to `learning_rate`, then half a cosine down to `min_learning_rate`, which then stays."
     def __init__(self,
-        peak_rate,       # at the end of the warm-up
-        final_rate,      # at the end
+        learning_rate,       # at the end of the warm-up
+        min_learning_rate,      # at the end
         total_steps,     # of the whole run
         warmup_steps,    # of the ramp
-        start_rate=None, # at step 0; `final_rate` where None
+        start_rate=None, # at step 0; `min_learning_rate` where None
     ):
         check(0 <= warmup_steps < total_steps, f"warmup_steps {warmup_steps} of total_steps {total_steps}: the warm-up must leave steps for the cosine; shorten it, as `warmup_for` does")
-        self.peak_rate, self.final_rate, self.total_steps, self.warmup_steps = peak_rate, final_rate, total_steps, warmup_steps
-        self.start_rate = final_rate if start_rate is None else start_rate
+        self.learning_rate, self.min_learning_rate, self.total_steps, self.warmup_steps = learning_rate, min_learning_rate, total_steps, warmup_steps
+        self.start_rate = min_learning_rate if start_rate is None else start_rate
 
     def __call__(self, step): # () or (...,) steps done
         step = ops.cast(step, "float32")
-        ramp = self.start_rate + (self.peak_rate - self.start_rate) * step / max(1, self.warmup_steps)
+        ramp = self.start_rate + (self.learning_rate - self.start_rate) * step / max(1, self.warmup_steps)
         share = ops.clip((step - self.warmup_steps) / (self.total_steps - self.warmup_steps), 0, 1)
-        cosine = self.final_rate + 0.5 * (self.peak_rate - self.final_rate) * (1 + ops.cos(math.pi * share))
+        cosine = self.min_learning_rate + 0.5 * (self.learning_rate - self.min_learning_rate) * (1 + ops.cos(math.pi * share))
         return ops.where(step < self.warmup_steps, ramp, cosine)
 
-    def get_config(self): return {name: getattr(self, name) for name in ("peak_rate", "final_rate", "total_steps", "warmup_steps", "start_rate")}
+    def get_config(self): return {name: getattr(self, name) for name in ("learning_rate", "min_learning_rate", "total_steps", "warmup_steps", "start_rate")}
 
 # %% ../../nbs/book/11_schedule.ipynb #a18376ca
 def warmup_for(

@@ -21,7 +21,7 @@ from ..visualize.drawing import PALETTE, style
 # %% ../../nbs/reference/train/stages.ipynb #d7241361
 def split_into_chunks(
     pictures, # how many there are to learn from
-    size=REFERENCE_CURRICULUM["chunk_pictures"],
+    size=REFERENCE_CURRICULUM["chunk_images"],
 ): # [(first, one past the last)]
     "The chunks of the source; a rest under a tenth of a chunk joins the one before it."
     starts = [start for start in range(0, pictures, size) if not start or pictures - start >= size / 10]
@@ -33,7 +33,7 @@ def reference_stages(
     "The source's curriculum: each chunk by itself, then all, slowly."
     c = REFERENCE_CURRICULUM
     chunks = [StageConfig(f"chunk {number}", chunk, c["chunk_epochs"]) for number, chunk in enumerate(split_into_chunks(pictures), 1)]
-    return *chunks, StageConfig("fine-tuning", (), c["finetune_epochs"], c["finetune_rate_fpn"], constant=True, pace_fpn=1.0, pace_heads=c["finetune_rate_heads"] / c["finetune_rate_fpn"])
+    return *chunks, StageConfig("fine-tuning", (), c["finetune_epochs"], c["finetune_rate_fpn"], constant=True, fpn_lr_multiplier=1.0, heads_lr_multiplier=c["finetune_rate_heads"] / c["finetune_rate_fpn"])
 
 # %% ../../nbs/reference/train/stages.ipynb #63c00b2d
 def stage_recipe(
@@ -41,9 +41,9 @@ def stage_recipe(
     stage,  # config.Stage
 ): # Recipe
     "The recipe of a stage: what it says itself, and the run's for the rest."
-    said = {field.name: getattr(stage, field.name) for field in fields(StageConfig) if hasattr(TrainConfig, field.name) and getattr(stage, field.name) is not None}
-    recipe = replace(recipe, stages=(), **said)
-    return replace(recipe, final_rate=recipe.peak_rate, warmup_steps=0) if stage.constant else recipe
+    said = {field.name: getattr(stage, field.name) for field in fields(StageConfig) if field.name in recipe.flat() and getattr(stage, field.name) is not None}
+    recipe = recipe.change(stages=(), **said)
+    return recipe.change(min_learning_rate=recipe.optimizer.learning_rate, warmup_steps=0) if stage.constant else recipe
 
 # %% ../../nbs/reference/train/stages.ipynb #fba391d0
 class StagePlan(NamedTuple):
@@ -59,8 +59,8 @@ class StagePlan(NamedTuple):
 
     def __str__(self):
         r, n = self.recipe, self.pictures
-        rate = f"a rate of {r.peak_rate:g}" if self.stage.constant else f"rates from {r.peak_rate:g} to {r.final_rate:g}"
-        rate += f", times {r.pace_fpn:g} (fpn) and {r.pace_heads:g} (heads)" if (r.pace_fpn, r.pace_heads) != (1, 1) else ""
+        rate = f"a rate of {r.optimizer.learning_rate:g}" if self.stage.constant else f"rates from {r.optimizer.learning_rate:g} to {r.optimizer.min_learning_rate:g}"
+        rate += f", times {r.optimizer.fpn_lr_multiplier:g} (fpn) and {r.optimizer.heads_lr_multiplier:g} (heads)" if (r.optimizer.fpn_lr_multiplier, r.optimizer.heads_lr_multiplier) != (1, 1) else ""
         still = f", {' and '.join(self.stage.freeze)} standing still" if self.stage.freeze else ""
         return f"stage {self.index + 1}{self.stage.name and f' ({self.stage.name})'}: pictures {n.start:,} to {n.stop:,}, {r.epochs} epochs of {self.steps // r.epochs:,} steps, {rate}{still}"
 
@@ -71,7 +71,7 @@ def plan_stages(
     "The stages of a run; raises `InputError` for one that these pictures cannot fill."
     lessons = []
     for index, stage in enumerate(recipe.stages or [StageConfig()]):
-        first, last = stage.pictures or (0, pictures)
+        first, last = stage.images or (0, pictures)
         check(last <= pictures, f"stage {index + 1}: pictures {first}:{last}, and there are only {pictures:,} to learn from; end it at {pictures}" + ("" if first < pictures else ", or leave it out"))
         lessons.append(StagePlan(index, stage, stage_recipe(recipe, stage), slice(first, last), last - first))
         where = f"stage {index + 1}: " if recipe.stages else ""
@@ -87,7 +87,7 @@ def chunk_samples(
     "Pictures of each chunk, evenly spaced, on which to see what is left of it."
     first = {}
     for lesson in lessons:
-        if lesson.stage.pictures: first.setdefault(lesson.stage.pictures, lesson)
+        if lesson.stage.images: first.setdefault(lesson.stage.images, lesson)
     if len(first) < 2: return []
     places = {lesson.index: np.unique(np.linspace(start, end - 1, min(most, end - start)).astype(int)) for (start, end), lesson in first.items()}
     return [(f"stage{index + 1}", index, [pictures[int(i)] for i in where]) for index, where in places.items()]

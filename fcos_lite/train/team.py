@@ -170,7 +170,7 @@ class Team:
         for room in self.rooms: shutil.rmtree(room, ignore_errors=True)
 
     def end(self, error):
-        "This process cannot go on: say why, here and to the others."
+        "This process cannot go on: log why, here and to the others."
         if is_loss(error): time.sleep(PATIENCE + 10)    # who was lost? The watch will know, and end us
         if isinstance(error, (SystemExit, KeyboardInterrupt)): words, code = "it was asked to stop", Stopped.code
         elif isinstance(error, InputError): words, code = str(error), 2

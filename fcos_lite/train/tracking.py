@@ -208,10 +208,10 @@ class Tracking(keras.callbacks.Callback):
         try:
             if not (file := self.run.path / "environment.json").exists(): write_json(file, environment())
             if self.uri: sync_run(self.run, self.uri, status)
-            if self.complained and self.uri: self.run.say(f"MLflow, {self.uri}: all of the run is there now")
+            if self.complained and self.uri: self.run.log(f"MLflow, {self.uri}: all of the run is there now")
         except Exception as error:
             with contextlib.suppress(InputError):   # log.txt may lie on the same full disk; the line was printed before
-                if not self.complained: self.run.say(format_error(error, self.uri, self.run, status))
+                if not self.complained: self.run.log(format_error(error, self.uri, self.run, status))
             self.complained = True
 
 # %% ../../nbs/reference/train/tracking.ipynb #0f752268

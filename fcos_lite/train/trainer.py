@@ -19,8 +19,8 @@ def schedule_for(
     total_steps, # micro-batches in the whole run
 ): # WarmupCosine
     "The recipe's learning rate, step by step."
-    start = recipe.peak_rate if recipe.warmup_from == "peak_rate" else recipe.final_rate
-    return WarmupCosine(recipe.peak_rate, recipe.final_rate, total_steps, warmup_for(total_steps, recipe.warmup_steps), start)
+    start = recipe.optimizer.learning_rate if recipe.optimizer.warmup_from == "learning_rate" else recipe.optimizer.min_learning_rate
+    return WarmupCosine(recipe.optimizer.learning_rate, recipe.optimizer.min_learning_rate, total_steps, warmup_for(total_steps, recipe.optimizer.warmup_steps), start)
 
 def optimizer_for(
     model, # `FCOS`
@@ -28,10 +28,10 @@ def optimizer_for(
 ): # keras optimizer
     "The optimizer of a model's recipe, with loss scaling where it computes in float16."
     recipe = model.recipe
-    rate = recipe.final_rate if total_steps is None else schedule_for(recipe, total_steps)
-    paces = lr_multipliers(model.trainable_variables, [(model.fpn.trainable_variables, recipe.pace_fpn), (model.heads.trainable_variables, recipe.pace_heads)])
+    rate = recipe.optimizer.min_learning_rate if total_steps is None else schedule_for(recipe, total_steps)
+    paces = lr_multipliers(model.trainable_variables, [(model.fpn.trainable_variables, recipe.optimizer.fpn_lr_multiplier), (model.heads.trainable_variables, recipe.optimizer.heads_lr_multiplier)])
     in_float16 = any(layer.compute_dtype == "float16" for layer in model.fpn.layers)
-    return make_optimizer(rate, recipe.weight_decay, recipe.clip_norm, recipe.accumulate, paces, recipe.decay, scale_loss=in_float16, average=recipe.average)
+    return make_optimizer(rate, recipe.optimizer.weight_decay, recipe.optimizer.clip_norm, recipe.optimizer.gradient_accumulation_steps, paces, recipe.optimizer.decay_variables, scale_loss=in_float16, average=recipe.optimizer.ema_momentum)
 
 # %% ../../nbs/reference/train/trainer.ipynb #9d62eaca
 def has_gpu(): # bool
