@@ -46,7 +46,8 @@ def atomic_path(
 
 def _remove(path):
     if path.is_dir() and not path.is_symlink(): shutil.rmtree(path, ignore_errors=True)
-    else: path.unlink(missing_ok=True)
+    else:
+        with contextlib.suppress(OSError): path.unlink()
 
 # %% ../nbs/reference/foundation/files.ipynb #489b81c3
 def atomic_write(

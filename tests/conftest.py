@@ -18,3 +18,18 @@ def pytest_collection_modifyitems(config, items):
 def first_steps_come_sooner():
     from fcos_lite.train.trainer import disable_grappler
     disable_grappler()
+
+TINY = ("--image-size 64 --scenes 24 --epochs 2 --batch-size 4 --level-areas 256 --strides 8 16 --min-height 16 --max-height 50 "
+        "--stem-filters 8 --stem-groups 2 --backbone-filters 8 8 8 8 --backbone-blocks 1 1 1 1 --backbone-groups 4 "
+        "--pyramid-channels 16 --pyramid-groups 4 --tower-depth 1 --tower-channels 16 --tower-groups 4 --evaluate-every 2").split()
+
+@pytest.fixture(scope="session")
+def tiny_run(tmp_path_factory):
+    "The folder of a finished run of a tiny network on drawn scenes: trained once, for all tests that need one. Copy it before you change it."
+    import fcntl
+    from fcos_lite.train import __main__ as train
+    shared = tmp_path_factory.getbasetemp().parent if os.environ.get("PYTEST_XDIST_WORKER") else tmp_path_factory.getbasetemp()
+    with open(shared / "tiny.lock", "w") as lock:   # the first of several workers makes it, the others wait
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (shared / "tiny" / "evaluation.json").is_file(): train.main([*TINY, "--out", str(shared / "tiny"), "--force"])
+    return shared / "tiny"

@@ -124,7 +124,7 @@ def parser(): # argparse.ArgumentParser
     i = word("inspect", "counts, plots and the oddest examples of a data set", inspect_folder)
     i.add_argument("folder", metavar="DIR", help="photographs in the layout of COCO, YOLO or Pascal VOC, or records")
     common(i)
-    i.add_argument("--model", choices=MODELS, default="source", help="whose pyramid (default: %(default)s)")
+    i.add_argument("--model", choices=MODELS, default="reference", help="whose pyramid (default: %(default)s)")
     i.add_argument("--recipe", choices=RECIPES, default="scratch", help="whose rules for locations (default: %(default)s)")
     i.add_argument("--image-size", type=int, metavar="S", help="side of the square, pixels (default: the network's)")
     i.add_argument("--sample", type=int, default=400, metavar="N", help="pictures for the counts of locations (default: %(default)s)")

@@ -65,7 +65,7 @@ def application(
 def check_backbone(name):
     "Refuse a name that nothing is known by."
     known = [other for other in dir(keras.applications) if other[0].isupper()]
-    check(name == "source" or name in BACKBONES or application(name),
+    check(name == "reference" or name in BACKBONES or application(name),
           f"backbone {name!r}: no such network; choose source, {', '.join([*BACKBONES, *known])}, or put a function of your own into fcos_lite.detector.pretrained.BACKBONES")
 
 # %% ../../nbs/reference/detector/pretrained.ipynb #0bb705ca

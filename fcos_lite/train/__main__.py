@@ -65,7 +65,7 @@ def parser(): # argparse.ArgumentParser
     p.add_argument("--force", action="store_true", help="replace an earlier run in --out")
     p.add_argument("--resume", metavar="DIR", help="go on with the run in this folder, as it was asked for; a flag that says otherwise is refused, but for those of several processes and --gpu-memory-limit")
     p.add_argument("--checkpoint-seconds", type=float, default=300, metavar="N", help="between two checkpoints within an epoch (default: %(default)s)")
-    p.add_argument("--model", choices=MODELS, default="source", help="what is trained (default: %(default)s)")
+    p.add_argument("--model", choices=MODELS, default="reference", help="what is trained (default: %(default)s)")
     p.add_argument("--recipe", choices=RECIPES, default="scratch", help="how it learns (default: %(default)s)")
     p.add_argument("--weights", metavar="NAME|PATH", help="start from these: person, the folder of a run, or a .weights.h5 file; where the classes differ, their layer is made anew")
     p.add_argument("--backbone-weights", metavar="imagenet|PATH", help="start the backbone from these: those it was published with, or a .weights.h5 file (with --backbone)")
@@ -191,7 +191,7 @@ def run_with(
     else: run, network, recipe = None, with_flags(MODELS[arguments.model], arguments), with_flags(RECIPES[arguments.recipe], arguments)
     train, validation = load_train_val(arguments, network, recipe.validation_fraction)
     if run is None:
-        if arguments.recipe == "source" and not recipe.stages and arguments.minutes is None and not hasattr(arguments, "epochs"):
+        if arguments.recipe == "reference" and not recipe.stages and arguments.minutes is None and not hasattr(arguments, "epochs"):
             recipe = recipe.change(stages=reference_stages(len(train)))
         validate_pretrained(network, arguments.backbone_weights)
         lessons = plan_stages(recipe, len(train))   # what these pictures cannot fill is refused before there is a folder
