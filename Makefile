@@ -37,7 +37,7 @@ test-slow: setup
 prepare: setup
 	$(BIN)/nbdev-export && $(BIN)/nbdev-test --save --n-workers 2 && $(BIN)/nbdev-clean && $(BIN)/python tests/settle.py
 	$(BIN)/jupyter nbconvert --to markdown nbs/index.ipynb --output-dir . --output README --log-level WARN
-	sed -i.bak -E -e '1,/^```$$/s/^```$$/```python/' -e '/^```$$/N' -e '/^```\n#\| echo: false/,/^```/d' -e 's#\]\((images/|tutorials/|[0-9])#](nbs/\1#g' -e 's#\]\(\.\./#](#g' README.md && cat -s README.md > README.md.bak && mv README.md.bak README.md
+	sed -i.bak -E -e '1,/^```$$/s/^```$$/```python/' -e '/^```$$/N' -e '/^```\n#\| echo: false/,/^```/d' -e 's#\]\((images/|tutorials/|book/|reference/)#](nbs/\1#g' -e 's#\]\(\.\./#](#g' README.md && cat -s README.md > README.md.bak && mv README.md.bak README.md
 
 docs: setup
 	$(BIN)/mkdocs build
