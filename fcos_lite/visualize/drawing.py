@@ -4,16 +4,18 @@
 
 # %% auto #0
 __all__ = ['PALETTE', 'CROWD', 'RC_PARAMS', 'rgb', 'luminance', 'text_color', 'color_of', 'visible_boxes', 'paint_frame',
-           'text_patch', 'draw_boxes', 'paste_text', 'tile_images', 'style', 'CompressedFigure', 'image_axes', 'show',
-           'add_box', 'show_grid']
+           'text_patch', 'draw_boxes', 'paste_text', 'tile_images', 'save_image', 'style', 'CompressedFigure',
+           'image_axes', 'show', 'add_box', 'show_grid']
 
 # %% ../../nbs/reference/visualize/drawing.ipynb #1df6283f
 import io
 import math
 from contextlib import contextmanager
+from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
-from ..config import InputError, check
+from ..errors import InputError, check
+from ..files import atomic_path
 
 # %% ../../nbs/reference/visualize/drawing.ipynb #135b4faa
 PALETTE = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#F0E442", "#000000")   # Okabe and Ito
@@ -117,6 +119,19 @@ def tile_images(
         y, x = i // columns * (h + gap), i % columns * (w + gap)
         canvas[y:y + h, x:x + w] = image
     return canvas
+
+# %% ../../nbs/reference/visualize/drawing.ipynb #cc08dd3f
+def save_image(
+    path,  # its suffix names the format: .jpg, .png, .webp, ...
+    image, # (H, W, 3) uint8 RGB
+):
+    "Write an image, with its folder; raises `InputError` for an unknown suffix or if it cannot be written."
+    suffix = Path(path).suffix.lower()
+    kind = Image.registered_extensions().get(suffix)
+    if kind not in Image.SAVE:
+        raise InputError(f"{path}: an image cannot be written as {suffix or 'a file without a suffix'}; "
+                         "choose .jpg, .png or .webp")
+    with atomic_path(path) as aside: Image.fromarray(image).save(aside, kind, quality=95)
 
 # %% ../../nbs/reference/visualize/drawing.ipynb #6ec18f3d
 RC_PARAMS = {
