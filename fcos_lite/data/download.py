@@ -9,6 +9,7 @@ __all__ = ['COCO_2017', 'download']
 import hashlib
 import http.client
 import os
+import re
 import shutil
 import sys
 import time
@@ -32,92 +33,77 @@ _SITE = "http://images.cocodataset.org"
 COCO_2017 = {
     "annotations": _Archive(f"{_SITE}/annotations/annotations_trainval2017.zip",
                             "8551ee4bb5860311e79dace7e79cb91e432e78b3", 3.5),
-    "val2017": _Archive(f"{_SITE}/zips/val2017.zip", "4950dc9d00dbe1c933ee0170f5797584351d2a41", 1.05),
-    "train2017": _Archive(f"{_SITE}/zips/train2017.zip", "10ad623668ab00c62c096f0ed636d6aff41faca5", 1.05),
+    "val2017": _Archive(f"{_SITE}/zips/val2017.zip",
+                        "4950dc9d00dbe1c933ee0170f5797584351d2a41", 1.05),
+    "train2017": _Archive(f"{_SITE}/zips/train2017.zip",
+                          "10ad623668ab00c62c096f0ed636d6aff41faca5", 1.05),
 }
 
 # %% ../../nbs/reference/data/download.ipynb #6f0c52aa
-def show_progress(
-    done,
-    total, # None: unknown
-    unit,  # a noun
-):
+def show_progress(done, total, unit): # numbers (total None: unknown), noun
     "Write a progress line on a terminal; into a file nothing."
     if not sys.stdout.isatty(): return
     of_total = "" if total is None else f" of {total:,}"
     print(f"\r{done:,}{of_total} {unit}", end="\n" if done == total else "", flush=True)
 
 # %% ../../nbs/reference/data/download.ipynb #c7331ea9
-def _response_range(response, start): # first byte that it brings, length of the whole file or None
-    "Return which part of the file a response to a request from byte `start` on holds."
-    if response.status == 206:
-        try:
-            content = response.headers.get("Content-Range", "").removeprefix("bytes ")
-            first, total = content.split("-")[0], content.split("/")[1]
-            return int(first), None if total == "*" else int(total)
-        except (ValueError, IndexError): return -1, None
-    length = response.headers.get("Content-Length") or ""
-    return 0, int(length) if length.isdigit() else None
-
-def _require_space(path, needed): # bytes
-    "Raise `InputError` if the disk has less room."
-    free = shutil.disk_usage(path.parent).free
-    if free < needed:
-        raise InputError(f"{path}: needs {needed / 1e9:,.1f} GB, but {free / 1e9:,.1f} GB are free; "
-                         "make room, or name a folder on another disk")
-
-def _resume(
-    archive,
-    partial,  # Path of the unfinished file
-    progress, # whether to show it
-): # whether the file is complete
-    "Fetch what is missing, as far as one connection goes."
-    start = partial.stat().st_size if partial.exists() else 0
-    headers = {"User-Agent": "fcos_lite"} | ({"Range": f"bytes={start}-"} if start else {})
+def _resume(archive, partial): # _Archive, Path of the unfinished file -> whether it is complete
+    "Download what is missing, as far as one connection goes; raises `InputError` if the disk is full."
+    start = _size(partial)
+    headers = {"User-Agent": "fcos_lite", "Range": f"bytes={start}-"}
     try: response = urllib.request.urlopen(urllib.request.Request(archive.url, headers=headers), timeout=60)
     except urllib.error.HTTPError as error:
-        if error.code != 416: raise
-        return True # nothing follows; the checksum decides
+        if error.code == 416: return True # nothing follows; the checksum decides
+        raise
     with response:
-        first, total = _response_range(response, start)
-        if first not in (0, start): # a range that was not asked for
+        first, total = 0, response.headers.get("Content-Length", "")
+        if response.status == 206:
+            content = response.headers.get("Content-Range", "")
+            match = re.fullmatch(r"bytes (\d+)-\d+/(\d+|\*)", content)
+            first, total = (int(match[1]), match[2]) if match else (-1, "")
+        if first not in (0, start): # not what was asked for
             partial.unlink(missing_ok=True)
             return False
-        if total is not None: _require_space(partial, total - first + archive.unpacked * total)
+        total = int(total) if total.isdigit() else None
+        if total is not None:
+            needed = total - first + archive.unpacked * total
+            free = shutil.disk_usage(partial.parent).free
+            if free < needed:
+                raise InputError(f"{partial}: needs {needed / 1e9:,.1f} GB, but {free / 1e9:,.1f} GB are "
+                                 "free; make room, or name a folder on another disk")
         with open(partial, "r+b" if first else "wb") as file:
             done = file.seek(first)
             while block := response.read(1 << 20):
                 done += file.write(block)
-                if progress: show_progress(done, total, "bytes")
+                show_progress(done, total, "bytes")
     return total is None or done >= total
 
-# %% ../../nbs/reference/data/download.ipynb #2b456fa8
+def _size(path): return path.stat().st_size if path.exists() else 0
+
 def _sha1_of(path):
     with open(path, "rb") as file: return hashlib.file_digest(file, "sha1").hexdigest()
 
 def _fetch(
-    archive,
-    path, # of the file
-    *,
+    archive, # _Archive
+    path,
     wait=1.0, # seconds between two connections; doubled after each that brought nothing
-    progress=True,
 ): # Path
     "Download a file whole; raises `InputError`, and keeps what has come for the next time."
-    path = Path(path)
     partial, failures, wrong = temporary_name(path), 0, 0
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.exists():
         if _sha1_of(path) == archive.sha1: return path
-        raise InputError(f"{path}: its SHA-1 is not {archive.sha1}: it is another file; remove it and run this again")
-    while failures < 5:
-        before, reason = partial.stat().st_size if partial.exists() else 0, "the connection broke"
-        try: complete = _resume(archive, partial, progress)
+        raise InputError(f"{path}: its SHA-1 is not {archive.sha1}: another file; "
+                         "remove it and run this again")
+    while failures < 5 and wrong < 2:
+        before, reason = _size(partial), "the connection broke"
+        try: complete = _resume(archive, partial)
         except urllib.error.HTTPError as error:
+            complete, reason = False, f"the server answers {error.code} {error.reason}"
             if error.code < 500 and error.code not in (408, 429):
-                raise InputError(f"{archive.url}: the server answers {error.code} {error.reason}; "
-                                 f"check the address, or download it by hand to {path}") from None
-            complete, reason = False, f"the server answers {error.code}"
-        except (urllib.error.URLError, http.client.HTTPException, TimeoutError, ConnectionError) as error:
+                raise InputError(f"{archive.url}: {reason}; check the address, "
+                                 f"or download it by hand to {path}") from None
+        except (urllib.error.URLError, http.client.HTTPException, ConnectionError, TimeoutError) as error:
             complete, reason = False, str(getattr(error, "reason", error)) or reason
         except OSError as error:
             raise InputError(f"{partial}: cannot be written ({error.strerror}); "
@@ -128,25 +114,25 @@ def _fetch(
         if complete:
             partial.unlink()
             wrong += 1
-            if wrong == 2:
-                raise InputError(f"{archive.url}: the SHA-1 was wrong twice, it is not {archive.sha1}: "
-                                 "the file was changed on the way, or there is a new one")
             continue
-        failures = 0 if partial.exists() and partial.stat().st_size > before else failures + 1
+        failures = 0 if _size(partial) > before else failures + 1
         time.sleep(wait * 2 ** failures)
+    if wrong == 2:
+        raise InputError(f"{archive.url}: the SHA-1 was wrong twice, it is not {archive.sha1}: "
+                         "the file was changed on the way, or there is a new one")
     raise InputError(f"{archive.url}: {reason}, five times and without a byte; "
                      f"try later: {partial} is kept, and the download resumes")
 
 # %% ../../nbs/reference/data/download.ipynb #6d5b22c4
 def _unpack(path, out): # ZIP file, folder -> [str], its top folders
-    "Unpack a ZIP file, each folder whole or not at all; raises `InputError` if it leads out or a folder exists."
+    "Unpack a ZIP file, each folder whole or not at all; raises `InputError`."
     aside = temporary_name(out / path.stem)
     shutil.rmtree(aside, ignore_errors=True)
     try:
         with zipfile.ZipFile(path) as archive:
             for name in archive.namelist():
                 if Path(name).is_absolute() or ".." in Path(name).parts or "\\" in name:
-                    raise InputError(f"{path}: {name!r} leads out of the folder; this is not COCO's archive")
+                    raise InputError(f"{path}: {name!r} leads out of the folder: not COCO's archive")
             names = sorted({Path(name).parts[0] for name in archive.namelist() if Path(name).parts})
             for name in names:
                 if (out / name).exists():
@@ -167,7 +153,8 @@ def download(
     "Download and unpack those parts of COCO 2017 that are missing; raises `InputError`."
     out = Path(out)
     for part in parts:
-        if part not in COCO_2017: raise InputError(f"{part}: no such part; choose from {', '.join(COCO_2017)}")
+        if part not in COCO_2017:
+            raise InputError(f"{part}: no such part; choose from {', '.join(COCO_2017)}")
         if (out / part).is_dir():
             print(f"{out / part}: exists", flush=True)
             continue
