@@ -7,7 +7,6 @@ __all__ = ['COCO_2017', 'download']
 
 # %% ../../nbs/reference/data/download.ipynb #8254742d
 import hashlib
-import http.client
 import os
 import re
 import shutil
@@ -17,6 +16,7 @@ import urllib.error
 import urllib.request
 import zipfile
 from dataclasses import dataclass
+from http.client import HTTPException
 from pathlib import Path
 from ..errors import InputError
 from ..files import temporary_name
@@ -48,10 +48,11 @@ def show_progress(done, total, unit): # numbers (total None: unknown), noun
 
 # %% ../../nbs/reference/data/download.ipynb #c7331ea9
 def _resume(archive, partial): # _Archive, Path of the unfinished file -> whether it is complete
-    "Download what is missing, as far as one connection goes; raises `InputError` if the disk is full."
+    "Download what is missing, as far as one connection goes; raises `InputError` without room."
     start = _size(partial)
     headers = {"User-Agent": "fcos_lite", "Range": f"bytes={start}-"}
-    try: response = urllib.request.urlopen(urllib.request.Request(archive.url, headers=headers), timeout=60)
+    request = urllib.request.Request(archive.url, headers=headers)
+    try: response = urllib.request.urlopen(request, timeout=60)
     except urllib.error.HTTPError as error:
         if error.code == 416: return True # nothing follows; the checksum decides
         raise
@@ -69,8 +70,8 @@ def _resume(archive, partial): # _Archive, Path of the unfinished file -> whethe
             needed = total - first + archive.unpacked * total
             free = shutil.disk_usage(partial.parent).free
             if free < needed:
-                raise InputError(f"{partial}: needs {needed / 1e9:,.1f} GB, but {free / 1e9:,.1f} GB are "
-                                 "free; make room, or name a folder on another disk")
+                raise InputError(f"{partial}: needs {needed / 1e9:,.1f} GB, but {free / 1e9:,.1f} GB "
+                                 "are free; make room, or name a folder on another disk")
         with open(partial, "r+b" if first else "wb") as file:
             done = file.seek(first)
             while block := response.read(1 << 20):
@@ -103,7 +104,7 @@ def _fetch(
             if error.code < 500 and error.code not in (408, 429):
                 raise InputError(f"{archive.url}: {reason}; check the address, "
                                  f"or download it by hand to {path}") from None
-        except (urllib.error.URLError, http.client.HTTPException, ConnectionError, TimeoutError) as error:
+        except (urllib.error.URLError, HTTPException, ConnectionError, TimeoutError) as error:
             complete, reason = False, str(getattr(error, "reason", error)) or reason
         except OSError as error:
             raise InputError(f"{partial}: cannot be written ({error.strerror}); "
@@ -132,16 +133,16 @@ def _unpack(path, out): # ZIP file, folder -> [str], its top folders
         with zipfile.ZipFile(path) as archive:
             for name in archive.namelist():
                 if Path(name).is_absolute() or ".." in Path(name).parts or "\\" in name:
-                    raise InputError(f"{path}: {name!r} leads out of the folder: not COCO's archive")
+                    raise InputError(f"{path}: {name!r} leads out of the folder: not from COCO")
             names = sorted({Path(name).parts[0] for name in archive.namelist() if Path(name).parts})
             for name in names:
                 if (out / name).exists():
                     raise InputError(f"{out / name}: exists; remove it, or leave this part out")
             archive.extractall(aside)
     except (zipfile.BadZipFile, NotImplementedError) as error:
-        raise InputError(f"{path}: not a ZIP file ({error}); remove it and download it again") from None
+        raise InputError(f"{path}: not a ZIP file ({error}); remove it and run this again") from None
     except OSError as error:
-        raise InputError(f"{out}: cannot be written ({error.strerror}); make room and run it again") from None
+        raise InputError(f"{out}: cannot be written ({error.strerror}); make room") from None
     for name in names: os.replace(aside / name, out / name)
     shutil.rmtree(aside)
     return names

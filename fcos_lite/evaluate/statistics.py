@@ -14,7 +14,8 @@ from ..data.batches import pad_boxes
 from ..data.images import Letterbox
 from ..detector.targets import assign_targets, unassigned_boxes
 from ..errors import InputError
-from ..visualize.drawing import PALETTE, CompressedFigure, show_grid, style
+from ..visualize.drawing import PALETTE
+from ..visualize.plots import CompressedFigure, show_grid, style
 
 # %% ../../nbs/reference/evaluate/statistics.ipynb #4bd504bf
 @dataclass
@@ -39,19 +40,19 @@ class DatasetStatistics:
     def __str__(self):
         counts, (widths, heights), boxes = self.counts, self.sides, len(self.boxes)
         small, large = (self.areas < 32 ** 2).sum(), (self.areas >= 96 ** 2).sum()
-        classes = np.bincount(self.labels, minlength=len(self.class_names))
+        medium, classes = boxes - small - large, np.bincount(self.labels, minlength=len(self.class_names))
         frequent = [f"{self.class_names[i]} {classes[i]:,}" for i in np.argsort(-classes)[:12]]
         return _as_lines({
-            "images": f"{len(counts):,}, {_fraction((counts == 0).sum(), len(counts))} without a box",
+            "images": f"{len(counts):,}, of which without a box {_fraction(sum(counts == 0), len(counts))}",
             "boxes": f"{boxes:,}, and {self.crowds.sum():,} crowd regions",
             "classes": ", ".join(frequent),
             "boxes in an image": f"{_median_and_range(counts)}, at most {counts.max()}",
             "width of images": f"{_median_and_range(self.sizes[:, 0])} pixels",
             "height of images": f"{_median_and_range(self.sizes[:, 1])} pixels",
-            f"√area of boxes at {self.image_size}": f"{_median_and_range(np.sqrt(widths * heights))} pixels",
+            f"√area at {self.image_size} pixels": _median_and_range(np.sqrt(widths * heights)),
             "height / width of boxes": _median_and_range(heights / widths),
-            "COCO's sizes": f"small {_fraction(small, boxes)}, medium "
-                            f"{_fraction(boxes - small - large, boxes)}, large {_fraction(large, boxes)}"})
+            "by COCO's areas": f"small {_fraction(small, boxes)}, medium {_fraction(medium, boxes)}, "
+                               f"large {_fraction(large, boxes)}"})
 
 def _as_lines(values): return "\n".join(f"  {name:25} {text}" for name, text in values.items())
 
@@ -75,11 +76,12 @@ def compute_statistics(
         if areas is None: areas = (example.boxes[:, 2:] - example.boxes[:, :2]).prod(1)
         sizes.append((example.width, example.height))
         crowds.append(np.count_nonzero(example.labels < -1))
-        boxes = Letterbox.fit(example.width, example.height, image_size).boxes_in(example.boxes[keep])
+        boxes = Letterbox.fit(*sizes[-1], image_size).boxes_in(example.boxes[keep])
         columns.append((np.full(len(boxes), number), boxes, areas[keep], example.labels[keep]))
     if not sizes: raise InputError("inspect: there is no image")
-    return DatasetStatistics(tuple(examples.class_names), image_size, np.array(sizes), np.array(crowds),
-                             *map(np.concatenate, zip(*columns)))
+    columns = map(np.concatenate, zip(*columns))
+    names = tuple(examples.class_names)
+    return DatasetStatistics(names, image_size, np.array(sizes), np.array(crowds), *columns)
 
 # %% ../../nbs/reference/evaluate/statistics.ipynb #7055f1e9
 def assignment_coverage(
@@ -121,8 +123,8 @@ def _describe_coverage(coverage): # dict -> text
     return _as_lines({
         "positive locations": f"{positives} in an image, level by level",
         "boxes learned": f"{assigned} on each level, of {boxes:,} in {images:,} images",
-        "boxes never learned": f"{_fraction(coverage['no_location'], boxes)} contain no location, "
-                               f"{_fraction(coverage['outranked'], boxes)} lose all to smaller ones"})
+        "contain no location": _fraction(coverage["no_location"], boxes),
+        "lose all to smaller boxes": _fraction(coverage["outranked"], boxes)})
 
 def _plot(statistics, coverage): # DatasetStatistics, dict -> CompressedFigure
     (widths, heights), counts, size = statistics.sides, statistics.counts, statistics.image_size
@@ -180,7 +182,7 @@ def dataset_report(
 
 def statistics_page(sections): # [(name, text, [CompressedFigure])] -> HTML in one file
     "Return the sections as one page; file names in them are escaped."
-    parts = ['<!doctype html><html lang="en"><meta charset="utf-8"><title>Dataset statistics</title>']
+    parts = ['<!doctype html><meta charset="utf-8"><title>Dataset statistics</title>']
     for name, text, figures in sections:
         parts.append(f"<h2>{html.escape(name)}</h2>\n<pre>{html.escape(text)}</pre>")
         for figure in figures:
