@@ -869,8 +869,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                    'fcos_lite/evaluate/evaluator.py'),
                                               'fcos_lite.evaluate.evaluator.Evaluator.call': ( 'book/mistakes.html#evaluator.call',
                                                                                                'fcos_lite/evaluate/evaluator.py'),
-                                              'fcos_lite.evaluate.evaluator._evaluator': ( 'book/mistakes.html#_evaluator',
-                                                                                           'fcos_lite/evaluate/evaluator.py'),
                                               'fcos_lite.evaluate.evaluator.evaluate': ( 'book/mistakes.html#evaluate',
                                                                                          'fcos_lite/evaluate/evaluator.py'),
                                               'fcos_lite.evaluate.evaluator.predict': ( 'book/mistakes.html#predict',

@@ -5,16 +5,25 @@
 # %% auto #0
 __all__ = []
 
-# %% ../../nbs/reference/evaluate/main.ipynb #a0c56891
+# %% ../../nbs/reference/evaluate/main.ipynb #af646211
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from ..commands import parse_command, typed_flags
+import tyro
+from ..commands import parse_command
 from ..errors import InputError, run_command
 from ..files import atomic_path, require_new_folder
 from ..scenes.scenes import World
 
-# %% ../../nbs/reference/evaluate/main.ipynb #af0e7596
+# %% ../../nbs/reference/evaluate/main.ipynb #18b76572
+@dataclass(frozen=True)
+class _Drawing(World):
+    "The drawn scenes, used without --data."
+    size: tyro.conf.Suppress[tyro.conf.Fixed[int]] = 0 # the model's image_size
+    class_names: tyro.conf.Suppress[tyro.conf.Fixed[tuple[str, ...]]] = () # the model's
+
+    def __post_init__(self): pass # a World checks the values, once the size is known
+
 @dataclass(frozen=True)
 class Options:
     "Measure how good a detector is, and see what it gets wrong."
@@ -30,10 +39,9 @@ class Options:
     batch_size: int = 8 # images at a time; fewer need less memory
     images: int = 8 # images drawn with their boxes
     seed: int = 0 # of the scenes
-    # the scenes; their size and class_names are the detector's
-    scenes: World = World(size=4096)
+    scenes: _Drawing = _Drawing()
 
-# %% ../../nbs/reference/evaluate/main.ipynb #da988ab3
+# %% ../../nbs/reference/evaluate/main.ipynb #f7342e1e
 def _is_evaluation(folder): # a run has both files
     return (folder / "evaluation.json").is_file() and not (folder / "config.json").exists()
 
@@ -48,8 +56,6 @@ def main(argv=None):
         value = getattr(options, name)
         if value is not None and value < least:
             raise InputError(f"--{name.replace('_', '-')} {value}: give at least {least}")
-    for flag in {"size", "class_names"} & typed_flags(argv):
-        raise InputError(f"--{flag.replace('_', '-')}: scenes are drawn as the detector needs them; leave it out")
     out = Path(options.out)
     require_new_folder(out, options.force, "evaluation", _is_evaluation)
     # late, so that --help and refusals need not wait for TensorFlow
@@ -63,7 +69,7 @@ def main(argv=None):
         examples = read_dataset(options.data, options.split, names, options.limit, options.max_bad_share)
         print(examples.report)
     else:
-        world = replace(options.scenes, size=model.config.image_size, class_names=names)
+        world = World(**asdict(options.scenes) | {"size": model.config.image_size, "class_names": names})
         examples = list(Scenes(options.limit or 100, options.seed + 1_000_000, world))   # no training draws these
     with atomic_path(out) as aside:
         report = evaluate(model, examples, aside, images=options.images, batch_size=options.batch_size,

@@ -6,7 +6,6 @@
 __all__ = ['predict', 'evaluate']
 
 # %% ../../nbs/book/14_mistakes.ipynb #24608c2a
-from dataclasses import asdict
 import keras
 import numpy as np
 from ..config import COCO_NMS, REFERENCE_NMS
@@ -39,14 +38,7 @@ class Evaluator(keras.Model):
         outputs = self.model(batch["image"])
         boxes, scores = decode(outputs, config.image_size, config.strides)
         return {"losses": self.model.compute_losses(outputs, batch["boxes"], batch["labels"], batch["valid"]),
-                "predictions": [suppress(boxes, scores, **asdict(nms_config)) for nms_config in self.nms_configs]}
-
-def _evaluator(model, nms_configs, shape):
-    "Return the model's Evaluator for batches of this shape, made and compiled once."
-    cache = vars(model).setdefault("evaluators", {})   # past Keras' __setattr__: they are no part of the model
-    key = nms_configs, shape
-    if key not in cache: cache[key] = Evaluator(model, nms_configs)
-    return cache[key]
+                "predictions": [suppress(boxes, scores, nms_config) for nms_config in self.nms_configs]}
 
 # %% ../../nbs/book/14_mistakes.ipynb #80d973bd
 def predict(
@@ -62,7 +54,7 @@ def predict(
     if not len(examples): raise InputError("no images to evaluate: give at least one")
     config, count = model.config, min(batch_size, len(examples))
     batches = Batches(examples, count, config.image_size, pad_value=config.pad_value, max_bad_share=max_bad_share)
-    evaluator = _evaluator(model, tuple(nms), (count, batches.max_boxes))
+    evaluator = model.cached_model(Evaluator, tuple(nms), (count, batches.max_boxes))
     detections, losses = [[] for _ in nms], []
     for i in range(len(batches)):
         batch, part = batches.whole(i), examples[i * count:(i + 1) * count]
@@ -76,9 +68,8 @@ def predict(
         if progress: progress(i + 1, len(batches))
     batches.on_epoch_end()   # refuses too many unreadable images
     losses = {name: np.array([float(batch[name]) for batch in losses]) for name in losses[0]}
-    config = model.loss_config
-    parts = aggregate_batches(losses, config.ltrb_weighting, config.centerness_normalizer)
-    total = total_loss(parts, config.centerness_weight)
+    parts = aggregate_batches(losses, model.loss_config)
+    total = total_loss(parts, model.loss_config)
     return detections, {**parts, "loss": total, "positives": losses["positives"].sum()}
 
 # %% ../../nbs/book/14_mistakes.ipynb #10e6b768

@@ -7,7 +7,7 @@ __all__ = []
 
 # %% ../../nbs/reference/export/main.ipynb #304a0720
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 import numpy as np
 from ..commands import parse_command
@@ -60,6 +60,15 @@ def calibration_batch(
     letterboxes = [Letterbox.fit(image.shape[1], image.shape[0], config.image_size) for image in images]
     return np.stack([letterbox.apply(image, config.pad_value) for letterbox, image in zip(letterboxes, images)])
 
+# %% ../../nbs/reference/export/main.ipynb #502dad0b
+def load_at_size(name, image_size=None): # as `load_detector`; pixels, None: as stored
+    "Return a trained detector for inputs of another size."
+    from fcos_lite.detector.model import load_detector
+    from fcos_lite.detector.weights import find_weights, read_config
+    stored = read_config(find_weights(name))
+    if image_size is None or stored is None: return load_detector(name)   # which refuses weights without their config
+    return load_detector(name, config=replace(stored[0], image_size=image_size))
+
 # %% ../../nbs/reference/export/main.ipynb #26fb8c1e
 def main(argv=None):
     options = parse_command(Options, argv, "export")
@@ -74,9 +83,8 @@ def main(argv=None):
     if backend != "tensorflow":
         raise InputError(f"KERAS_BACKEND {backend}: graphs are written with TensorFlow; "
                          "run again with KERAS_BACKEND=tensorflow (weights trained on JAX are welcome)")
-    from fcos_lite.detector.model import load_detector
     from fcos_lite.detector.weights import find_weights
-    model = load_detector(options.weights, image_size=options.image_size)
+    model = load_at_size(options.weights, options.image_size)
     images = calibration_batch(options.calibration, model.config, options.calibration_images)
     with atomic_path(out) as aside:
         exported, module = export_detector(
