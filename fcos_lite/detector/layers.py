@@ -17,34 +17,33 @@ def conv(
     name=None,
 ): # Conv2D, (B, H, W, C) to (B, H / strides, W / strides, filters)
     "Make a convolution that keeps the grid, without a bias."
-    return layers.Conv2D(filters, kernel_size, strides=strides, padding="same", use_bias=False, name=name)
+    return layers.Conv2D(filters, kernel_size, strides, padding="same", use_bias=False, name=name)
 
 # %% ../../nbs/book/04_backbone.ipynb #543c9b64
 def reinitialize_kernels(
     layers, # those without a kernel are skipped
     seed, # int
 ):
-    "Draw the kernels again with each layer's own initialiser: the same for the same seed, whatever was drawn before."
+    "Draw the kernels again, by each layer's own initialiser: the same for the same seed."
     for i, layer in enumerate(layer for layer in layers if hasattr(layer, "kernel")):
-        initializer = layer.kernel_initializer
-        seeded = type(initializer).from_config({**initializer.get_config(), "seed": 1000 * seed + i})
-        layer.kernel.assign(seeded(layer.kernel.shape))
+        kind, settings = type(layer.kernel_initializer), layer.kernel_initializer.get_config()
+        initializer = kind.from_config({**settings, "seed": 1000 * seed + i})
+        layer.kernel.assign(initializer(layer.kernel.shape))
 
 # %% ../../nbs/book/04_backbone.ipynb #02c926b3
 class GroupNorm(layers.GroupNormalization):
-    """Keras' GroupNormalization of (B, H, W, C), averaged channel by channel first (Wu and He 2018).
-
-    The same values, faster on a CPU."""
+    "Keras' GroupNormalization of (B, H, W, C): the same values, faster on a CPU (Wu and He 2018)."
     def build(self, input_shape):
         if len(input_shape) != 4 or self.axis not in (-1, 3) or not (self.center and self.scale):
-            raise InputError(f"GroupNorm of {tuple(input_shape)}: it normalises (B, H, W, C) over the last axis, with "
-                             "gamma and beta; otherwise use keras.layers.GroupNormalization")
+            raise InputError(f"GroupNorm of {tuple(input_shape)}: it normalises (B, H, W, C) over the last "
+                             "axis, with gamma and beta; otherwise use keras.layers.GroupNormalization")
         super().build(input_shape)
 
     def call(self, x):
         shape = (-1, self.groups, x.shape[-1] // self.groups)
         values = ops.cast(x, "float32")
-        mean_c, variance_c = (ops.reshape(moment, shape) for moment in ops.moments(values, axes=(1, 2)))
+        # channel by channel first, then over a group's channels: the law of total variance
+        mean_c, variance_c = (ops.reshape(m, shape) for m in ops.moments(values, axes=(1, 2)))
         mean = ops.mean(mean_c, axis=-1, keepdims=True)
         variance = ops.mean(variance_c + ops.square(mean_c - mean), axis=-1, keepdims=True)
         factor = ops.rsqrt(variance + self.epsilon) * ops.reshape(self.gamma, shape[1:])
@@ -52,21 +51,12 @@ class GroupNorm(layers.GroupNormalization):
         factor, shift = (ops.reshape(value, (-1, 1, 1, x.shape[-1])) for value in (factor, shift))
         return ops.cast(values * factor + shift, self.compute_dtype)
 
-# %% ../../nbs/book/04_backbone.ipynb #d27d8088
-def group_norm(
-    groups, # a divisor of the channels
-    epsilon=1e-3, # added to every variance
-    name=None,
-): # GroupNorm
-    return GroupNorm(groups=groups, epsilon=epsilon, name=name)
-
 # %% ../../nbs/book/04_backbone.ipynb #c73302c5
 def norm_elu(
     x, # (B, H, W, C)
-    groups, # a divisor of C
-    epsilon, # added to every variance
+    groups, epsilon, # of GroupNorm
     name, # prefix of both layers' names
 ): # (B, H, W, C)
     "Apply GroupNorm, then ELU."
-    x = group_norm(groups, epsilon, name=f"{name}_norm")(x)
+    x = GroupNorm(groups, epsilon=epsilon, name=f"{name}_norm")(x)
     return layers.Activation("elu", name=f"{name}_elu")(x)

@@ -8,6 +8,7 @@ __all__ = ['convolution_macs']
 # %% ../../nbs/reference/detector/profile.ipynb #0423f9d1
 import functools
 import math
+from collections import Counter
 from keras import layers
 from .pretrained import build_application
 
@@ -24,10 +25,8 @@ def sum_by_stage(
     measure, # layer to number
 ): # {stage: sum}
     "Sum a measure of the layers by stage: the name before the first _, in capitals."
-    sums = {}
-    for layer in model.layers:
-        stage = layer.name.split("_")[0].upper()
-        sums[stage] = sums.get(stage, 0) + measure(layer)
+    sums = Counter()
+    for layer in model.layers: sums[layer.name.split("_")[0].upper()] += measure(layer)
     return {stage: total for stage, total in sums.items() if total}
 
 # %% ../../nbs/reference/detector/profile.ipynb #25ce3e3e
@@ -45,9 +44,9 @@ def convolution_macs(
     return {**sum_by_stage(fpn, layer_macs), **on_levels}
 
 # %% ../../nbs/reference/detector/profile.ipynb #9b40cde3
-def flatten_layers(model): # keras.Model, yields layers
-    "Yield all layers, those of models inside the model in place of these."
-    for layer in model.layers: yield from flatten_layers(layer) if hasattr(layer, "layers") else [layer]
+def flatten_layers(layers): # yields layers
+    "Yield all layers, those of models among them in place of these."
+    for layer in layers: yield from flatten_layers(layer.layers) if hasattr(layer, "layers") else [layer]
 
 def component_costs(
     fpn, # as `build_fpn` returns it
@@ -55,19 +54,19 @@ def component_costs(
     "Return the parameters and the multiplications of backbone and pyramid for one image."
     costs = {}
     for component, letter in (("backbone", "c"), ("pyramid", "p")):
-        named = [layer for layer in fpn.layers if layer.name[0] == letter]
-        inner = [leaf for layer in named for leaf in (flatten_layers(layer) if hasattr(layer, "layers") else [layer])]
-        costs[component] = sum(layer.count_params() for layer in inner), sum(map(layer_macs, inner))
+        leaves = list(flatten_layers(layer for layer in fpn.layers if layer.name[0] == letter))
+        costs[component] = sum(leaf.count_params() for leaf in leaves), sum(map(layer_macs, leaves))
     return costs
 
 def describe_backbone(model): # FCOS -> str
     "Return the cost of a detector's backbone and pyramid as one line."
     (parameters, macs), (_, pyramid_macs) = component_costs(model.fpn).values()
-    return (f"backbone {model.config.backbone}: {parameters:,} parameters, {macs / 1e9:.2f} GMACs per image; "
-            f"the pyramid over it {pyramid_macs / 1e9:.2f}")
+    return (f"backbone {model.config.backbone}: {parameters:,} parameters, {macs / 1e9:.2f} GMACs per "
+            f"image; the pyramid over it {pyramid_macs / 1e9:.2f}")
 
 @functools.cache
 def activation_size(name, size): # of a backbone; side of the image, pixels -> int
     "Return how many values all layers of a backbone output for one image."
-    shapes = [getattr(layer.output, "shape", ()) for layer in flatten_layers(build_application(name, size)[0])]
+    body, _ = build_application(name, size)
+    shapes = [getattr(layer.output, "shape", ()) for layer in flatten_layers(body.layers)]
     return sum(math.prod(shape[1:]) for shape in shapes if len(shape) == 4)
