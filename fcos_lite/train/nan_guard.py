@@ -40,7 +40,7 @@ class NonFiniteLatch(keras.metrics.Metric):
         "Return 1 while all losses were finite, then NaN."
         return ops.where(ops.equal(self.good, self.seen), 1.0, math.nan)
 
-# %% ../../nbs/reference/train/nan_guard.ipynb #7aa1236a
+# %% ../../nbs/reference/train/nan_guard.ipynb #7e726017
 def layer_outputs(
     model, # FCOS
     image, # (B, S, S, 3) in [0, 1]
@@ -50,7 +50,7 @@ def layer_outputs(
     layers, heads = model.fpn.layers[1:], model.heads
     outputs, levels = keras.Model(model.fpn.inputs, ([layer.output for layer in layers], model.fpn.outputs))([image])
     yield from ((layer.name, output) for layer, output in zip(layers, outputs))
-    for stride, level, scale in zip(heads.strides, levels, heads.scales):
+    for stride, level, scale in zip(model.config.strides, levels, heads.scales):
         place = f"on P{int(math.log2(stride))}"
         for tower in (heads.cls_tower, heads.reg_tower):
             x = level
