@@ -24,8 +24,8 @@ def pad_boxes(
 ): # (M, 4) float32, (M,) int32
     "Pad boxes and labels to `count` rows with the label -1; raises `InputError` if there are more."
     if len(boxes) > count:
-        raise InputError(f"max_boxes {count}: an image has {len(boxes)} boxes, and to drop some would teach that they are "
-                         f"background; give max_boxes={len(boxes)} or more")
+        raise InputError(f"max_boxes {count}: an image has {len(boxes)} boxes, and to drop some would teach "
+                         f"that they are background; give max_boxes={len(boxes)} or more")
     padded_boxes, padded_labels = np.zeros((count, 4), np.float32), np.full(count, -1, np.int32)
     padded_boxes[:len(boxes)], padded_labels[:len(boxes)] = boxes, labels
     return padded_boxes, padded_labels
@@ -49,13 +49,14 @@ def letterbox_example(
 def count_max_boxes(examples): # int >= 1
     "Return the most boxes of any example: their attribute `max_boxes` if they have one, else counted."
     known = getattr(examples, "max_boxes", None)
-    return max(1, known if known is not None else max((len(example.boxes) for example in examples), default=1))
+    if known is None: known = max((len(example.boxes) for example in examples), default=1)
+    return max(1, known)
 
 # %% ../../nbs/book/03_data.ipynb #f1a7edca
 def _placeholder(image_id, pad_value=114): # Example
     "Return an empty grey image to stand for an unreadable one."
-    grey = np.full((1, 1, 3), pad_value, np.uint8)
-    return Example(image_id, grey, np.zeros((0, 4), np.float32), np.zeros(0, np.int32), 1, 1, np.zeros(0, np.float32))
+    grey, empty = np.full((1, 1, 3), pad_value, np.uint8), np.zeros(0, np.float32)
+    return Example(image_id, grey, empty.reshape(0, 4), empty.astype(np.int32), 1, 1, empty)
 
 # %% ../../nbs/book/03_data.ipynb #bb60e8aa
 def epoch_order(
@@ -87,10 +88,11 @@ class Batches(keras.utils.PyDataset):
         if batch_size < 1 or image_size < 1:
             raise InputError(f"batch_size {batch_size}, image_size {image_size}: both must be at least 1")
         if not 0 <= shard[0] < shard[1] or batch_size % shard[1]:
-            raise InputError(f"batch_size {batch_size}, shard {shard[0]} of {shard[1]}: a batch must divide into equal parts, "
-                             f"counted from 0; make it a multiple of {shard[1]}")
+            raise InputError(f"batch_size {batch_size}, shard {shard[0]} of {shard[1]}: a batch must divide into "
+                             f"equal parts, counted from 0; make it a multiple of {shard[1]}")
         if shard[1] > 1 and not drop_last:
-            raise InputError(f"shard {shard[0]} of {shard[1]}: a short last batch cannot be divided; give drop_last=True")
+            raise InputError(f"shard {shard[0]} of {shard[1]}: a short last batch cannot be divided; "
+                             "give drop_last=True")
         self.examples, self.batch_size, self.image_size = examples, batch_size, image_size
         self.max_boxes = max_boxes or count_max_boxes(examples)
         self.shuffle_seed, self.drop_last, self.pad_value = shuffle_seed, drop_last, pad_value
@@ -116,8 +118,8 @@ class Batches(keras.utils.PyDataset):
 
     def _rows(self, index, i, n): # the i-th of n equal parts of a batch
         order = self.order()[index * self.batch_size:(index + 1) * self.batch_size]
-        rows = [letterbox_example(self._read(int(k)), self.image_size, self.max_boxes, self.pad_value)
-                for k in np.split(order, n)[i]]
+        how = self.image_size, self.max_boxes, self.pad_value
+        rows = [letterbox_example(self._read(int(k)), *how) for k in np.split(order, n)[i]]
         return {name: np.stack([row[name] for row in rows]) for name in rows[0]}
 
     def _read(self, i): # Example whose image is an array
@@ -139,8 +141,9 @@ class Batches(keras.utils.PyDataset):
     @property
     def report(self): # ReadReport
         "What could not be read so far."
-        readable = len(self.examples) - len(self.unreadable)
-        report = ReadReport(f"{len(self.examples):,} images in batches of {self.batch_size}", readable, boxes=None)
+        count = len(self.examples)
+        where = f"{count:,} images in batches of {self.batch_size}"
+        report = ReadReport(where, count - len(self.unreadable), boxes=None)
         for error in self.unreadable.values(): report.skip("image that cannot be read", error)
         return report
 

@@ -15,7 +15,7 @@ from .images import encode_jpeg
 from ..errors import InputError
 from ..files import write_json
 
-# %% ../../nbs/reference/data/coco.ipynb #3613faee
+# %% ../../nbs/reference/data/coco.ipynb #b5bfca59
 def _drop_outlines(entry): # dict -> dict
     for name in ("segmentation", "keypoints"): entry.pop(name, None)
     return entry
@@ -27,12 +27,11 @@ def _load_json(path): # a dictionary with the lists images, annotations, categor
     try: document = json.loads(path.read_bytes(), object_hook=_drop_outlines)
     except (ValueError, RecursionError) as error:
         raise InputError(f"{path}: not JSON ({error}); copy or write the file again") from None
-    if not isinstance(document, dict):
-        raise InputError(f"{path}: the outermost value must be an object with images, annotations, categories; "
+    lists = document if isinstance(document, dict) else {}
+    missing = [key for key in _FIELDS if not isinstance(lists.get(key), list)]
+    if missing:
+        raise InputError(f"{path}: the list {missing[0]!r} is missing in the outermost object; "
                          "is this a COCO instances file?")
-    for key in _FIELDS:
-        if not isinstance(document.get(key), list):
-            raise InputError(f"{path}: the list {key!r} is missing; is this a COCO instances file?")
     return document
 
 def _is_whole(value): return isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2 ** 63
@@ -47,75 +46,69 @@ _FIELDS = {   # what each entry must hold; a box is checked later, and one that 
 }
 
 def _check_entries(document, path):
-    "Raise `InputError` for the first entry without a field or with one of another kind, and for category ids given twice."
+    "Raise `InputError` for the first entry that lacks a field or has one of another kind."
     for key, fields in _FIELDS.items():
         for number, entry in enumerate(document[key]):
-            if not isinstance(entry, dict) or not fields.keys() <= entry.keys():
-                missing = [name for name in fields if not isinstance(entry, dict) or name not in entry]
-                raise InputError(f"{path}: {key}[{number}] lacks {', '.join(missing)}; "
+            missing = fields.keys() - (entry.keys() if isinstance(entry, dict) else ())
+            if missing:
+                names = ", ".join(name for name in fields if name in missing)
+                raise InputError(f"{path}: {key}[{number}] lacks {names}; "
                                  "add what is missing, or take the entry out")
             for name, fits in fields.items():
                 if fits and not fits(entry[name]):
                     raise InputError(f"{path}: {key}[{number}].{name} is {reprlib.repr(entry[name])}; "
                                      f"it must be {_KINDS[fits]}")
-    counts = Counter(entry["id"] for entry in document["categories"])
-    twice = [category for category, n in counts.items() if n > 1]
-    if twice: raise InputError(f"{path}: categories has the id {twice[:1]} more than once; give each its own")
+    for category, n in Counter(entry["id"] for entry in document["categories"]).items():
+        if n > 1: raise InputError(f"{path}: categories has the id [{category}] more than once; give each its own")
 
-# %% ../../nbs/reference/data/coco.ipynb #62294611
-def file_in(
-    folder, # Path, of the images
-    name,   # of a file, as a stranger wrote it
-    where,  # it is written, for messages
-): # Path
+# %% ../../nbs/reference/data/coco.ipynb #49a77dcf
+def file_in(folder, name, where): # Path, file name as a stranger wrote it, where it is written -> Path
     "Join a folder and a file name; raises `InputError` if the name leads out of the folder."
     windows = PureWindowsPath(name)
     if windows.anchor or ".." in windows.parts or "\0" in name:
-        raise InputError(f"{where}: file name {reprlib.repr(name)} leads out of {folder}; give a name inside this folder")
+        raise InputError(f"{where}: file name {reprlib.repr(name)} leads out of {folder}; "
+                         "give a name inside this folder")
     return folder / name
 
 def coco_files(folder, split): # [(annotation file, folder of its images)]
     "List where the annotations of a split may be."
-    return [(file, folder / name) for name in split_names(split) for file in (
-        folder / "annotations" / f"instances_{name}.json", folder / "annotations" / f"person_keypoints_{name}.json",
-        folder / name / "_annotations.coco.json")]
+    files = "annotations/instances_{0}.json", "annotations/person_keypoints_{0}.json", "{0}/_annotations.coco.json"
+    return [(folder / file.format(name), folder / name) for name in split_names(split) for file in files]
 
 def open_coco(folder, split, limit): # {category id: name}, iterable of Entry, ReadReport
     "Read a split of a COCO folder; raises `InputError`."
     tries = coco_files(folder, split)
     path, images = next((pair for pair in tries if pair[0].is_file()), tries[0])
-    if not images.is_dir(): raise InputError(f"{images}: no such folder; the images of the split {split!r} belong there")
+    if not images.is_dir():
+        raise InputError(f"{images}: no such folder; the images of the split {split!r} belong there")
     document, report = _load_json(require_inside(path, folder)), ReadReport(str(path))
     _check_entries(document, path)
-    names = {category["id"]: category["name"] for category in document["categories"]}
-    return names, _entries(document, images, limit, report), report
+    categories = {category["id"]: category["name"] for category in document["categories"]}
+    return categories, _entries(document, images, limit, report), report
 
 def _entries(document, folder, limit, report): # yields Entry
-    ids = Counter(image["id"] for image in document["images"])
-    rows = {image_id: [] for image_id in ids}
-    for number, annotation in enumerate(document["annotations"]):
+    annotations, images = document["annotations"], document["images"]
+    ids = Counter(image["id"] for image in images)
+    numbers = {image_id: [] for image_id in ids}
+    for number, annotation in enumerate(annotations):
         image_id = annotation["image_id"]
-        if image_id in rows: rows[image_id].append(number)
+        if image_id in ids: numbers[image_id].append(number)
         else: report.skip("box of an image that is not listed", f"annotations[{number}].image_id {image_id}")
-    unique = [image for image in document["images"] if ids[image["id"]] == 1]
-    for number, image in enumerate(document["images"]):
+    for number, image in enumerate(images):
         if ids[image["id"]] > 1:   # whose are the boxes?
-            report.skip("image whose id another one has", f"images[{number}]: images has the id [{image['id']}] "
-                        "more than once; give each its own")
-    for image in unique[:limit]:
+            case = f"images[{number}]: images has the id [{image['id']}] more than once; give each its own"
+            report.skip("image whose id another one has", case)
+    for image in [image for image in images if ids[image["id"]] == 1][:limit]:
         try: file = file_in(folder, image["file_name"], f"{report.path}, image {image['id']}")
-        except InputError as error: report.skip("image whose name leads out of its folder", str(error))
-        else:
-            annotations = ((number, document["annotations"][number]) for number in rows[image["id"]])
-            yield Entry(image["id"], file, (image["width"], image["height"]), [
-                Row(f"annotations[{number}]", a["category_id"], a["bbox"], bool(a.get("iscrowd")), a.get("area"))
-                for number, a in annotations])
+        except InputError as error:
+            report.skip("image whose name leads out of its folder", str(error))
+            continue
+        rows = [Row(f"annotations[{n}]", box["category_id"], box["bbox"], box.get("iscrowd"), box.get("area"))
+                for n in numbers[image["id"]] for box in [annotations[n]]]
+        yield Entry(image["id"], file, (image["width"], image["height"]), rows)
 
-# %% ../../nbs/reference/data/coco.ipynb #d99b5a00
-def to_coco(
-    examples,
-    class_names,
-): # a COCO document; category ids begin with 1
+# %% ../../nbs/reference/data/coco.ipynb #524d3836
+def to_coco(examples, class_names): # a COCO document; category ids begin with 1
     "Return what a COCO file says of these examples."
     images, annotations = [], []
     for example in examples:
@@ -125,22 +118,21 @@ def to_coco(
         if areas is None: areas = (example.boxes[:, 2:] - example.boxes[:, :2]).prod(1)
         for box, label, area in zip(example.boxes.tolist(), example.labels.tolist(), areas.tolist()):
             left, top, right, bottom = box
-            annotations.append({
-                "id": len(annotations) + 1, "image_id": example.image_id, "category_id": max(label, -2 - label) + 1,
-                "bbox": [left, top, right - left, bottom - top], "area": area, "iscrowd": int(label < -1)})
+            annotations.append({"id": len(annotations) + 1, "image_id": example.image_id,
+                                "category_id": max(label, -2 - label) + 1,
+                                "bbox": [left, top, right - left, bottom - top],
+                                "area": area, "iscrowd": int(label < -1)})
     categories = [{"id": number, "name": name} for number, name in enumerate(class_names, 1)]
     return {"images": images, "annotations": annotations, "categories": categories}
 
 def write_coco(
-    folder,
-    split,
-    examples,
-    class_names,
-    files=None, # their JPEG files as bytes, one for each; None: encoded here
+    folder, split, examples, class_names,
+    files=None, # the images' JPEG files as bytes; None: encoded here
 ):
     "Write examples as a split of a COCO folder; files that are there are replaced."
     folder, document = Path(folder), to_coco(examples, class_names)
     (folder / split).mkdir(parents=True, exist_ok=True)
-    for image, data in zip(document["images"], files or (encode_jpeg(example.read()) for example in examples)):
+    files = files or (encode_jpeg(example.read()) for example in examples)
+    for image, data in zip(document["images"], files):
         (folder / split / image["file_name"]).write_bytes(data)
     write_json(folder / "annotations" / f"instances_{split}.json", document, indent=None)

@@ -19,7 +19,7 @@ from .voc import open_voc, split_list
 from .yolo import load_data_yaml, open_yolo, yolo_folders
 from ..errors import InputError
 
-# %% ../../nbs/reference/data/datasets.ipynb #fea010d4
+# %% ../../nbs/reference/data/datasets.ipynb #c87cbf7a
 _LAYOUTS = {   # the files that give a layout away, and what reads it
     "COCO": (("annotations/*.json", "*/_annotations.coco.json"), open_coco),
     "YOLO": (("*.yaml", "*.yml"), open_yolo),
@@ -31,10 +31,10 @@ def _detect_layout(folder): # a key of _LAYOUTS
     layouts = [layout for layout, (patterns, _) in _LAYOUTS.items()
                if any(next(folder.glob(pattern), None) for pattern in patterns)]
     if not layouts:
-        wanted = ", ".join(f"{layout} has {' or '.join(patterns)}" for layout, (patterns, _) in _LAYOUTS.items())
-        seen = ", ".join(sorted(reprlib.repr(file.name) for file in folder.iterdir())[:8]) or "nothing"
-        raise InputError(f"{folder}: no layout that is known: {wanted}; this folder has {seen}. "
-                         "Name the folder that holds these")
+        wanted = ", ".join(f"{layout} has {' or '.join(files)}" for layout, (files, _) in _LAYOUTS.items())
+        seen = sorted(reprlib.repr(file.name) for file in folder.iterdir())
+        raise InputError(f"{folder}: no layout that is known: {wanted}; this folder has "
+                         f"{', '.join(seen[:8]) or 'nothing'}. Name the folder that holds these")
     if len(layouts) > 1:
         raise InputError(f"{folder}: looks like {' and '.join(layouts)}; take away the files of one, "
                          f"or name it in Python: read_dataset(..., layout={layouts[0]!r})")
@@ -45,12 +45,9 @@ def _require_folder(folder): # Path
     if folder.is_dir(): return folder
     raise InputError(f"{folder}: no such folder; give one in the layout of COCO, YOLO or Pascal VOC")
 
-# %% ../../nbs/reference/data/datasets.ipynb #fc3c0361
-def has_split(
-    folder, # in the layout of COCO, YOLO or Pascal VOC
-    split,  # train2017, val2017 or another
-): # bool
-    "Tell whether a folder claims to have a split, readable or not; raises `InputError` if its layout is unknown."
+# %% ../../nbs/reference/data/datasets.ipynb #bafea83f
+def has_split(folder, split): # bool
+    "Tell whether a folder claims to have a split; raises `InputError` if its layout is unknown."
     folder = _require_folder(folder)
     layout = _detect_layout(folder)
     if layout == "COCO": return any(file.is_file() for file, _ in coco_files(folder, split))
@@ -59,9 +56,10 @@ def has_split(
 
 def list_splits(folder): # [str]
     "List those of train2017 and val2017 that a dataset has; of one without any list of its splits, the first."
-    return [split for split in ("train2017", "val2017") if has_split(folder, split)] or ["train2017"]
+    splits = "train2017", "val2017"
+    return [split for split in splits if has_split(folder, split)] or ["train2017"]
 
-# %% ../../nbs/reference/data/datasets.ipynb #e6c82022
+# %% ../../nbs/reference/data/datasets.ipynb #d830128f
 def _class_labels(
     categories,  # {category id: name}
     class_names, # wanted, by name or by category id; None: all
@@ -74,9 +72,10 @@ def _class_labels(
         if name not in known:
             raise InputError(f"{path}: no category {name!r}; "
                              f"choose from {', '.join(sorted(known)) or 'none: the list is empty'}")
-    return names, {key: names.index(name) if name in names else None for key, name in categories.items()}
+    indices = {name: index for index, name in enumerate(names)}
+    return names, {key: indices.get(name) for key, name in categories.items()}
 
-# %% ../../nbs/reference/data/datasets.ipynb #ddf6b963
+# %% ../../nbs/reference/data/datasets.ipynb #d7ff1c3c
 def read_dataset(
     folder,             # in the layout of COCO, YOLO or Pascal VOC
     split,              # train2017, val2017 or another; in the folder the digits may be missing
@@ -89,7 +88,8 @@ def read_dataset(
     "Read a split of a dataset; raises `InputError` that names the file, the field and what to do."
     folder = _require_folder(folder)
     if limit is not None and limit < 1: raise InputError(f"limit {limit}: give at least 1 image")
-    if layout not in (None, *_LAYOUTS): raise InputError(f"layout {layout!r}: choose from {', '.join(_LAYOUTS)}")
+    if layout not in (None, *_LAYOUTS):
+        raise InputError(f"layout {layout!r}: choose from {', '.join(_LAYOUTS)}")
     layout = layout or _detect_layout(folder)
     categories, entries, report = _LAYOUTS[layout][1](folder, split, limit)
     if layout == "VOC" and not categories.keys().isdisjoint(class_names or ()):
@@ -97,10 +97,11 @@ def read_dataset(
     class_names, labels = _class_labels(categories, class_names, report.path)
     examples, boxes = build_examples(entries, labels, folder, report)
     if not examples:
-        raise InputError(f"{report.path}: none of its images could be read; put them where the first belongs\n{report}")
+        raise InputError(f"{report.path}: none of its images could be read; "
+                         f"put them where the first belongs\n{report}")
     present = {label for example in examples for label in example.labels.tolist()}
     absent = [name for label, name in enumerate(class_names) if label not in present]
-    if absent: report.notes.append(f"no box of {', '.join(absent[:8])}{' and others' if len(absent) > 8 else ''}")
+    if absent: report.notes.append(f"no box of {', '.join(absent[:8])}" + " and others" * (len(absent) > 8))
     shift = detect_half_box_shift(boxes)
     if shift:
         report.notes.append(shift)
@@ -108,16 +109,15 @@ def read_dataset(
     check_error_rate(report, max_bad_share)
     return Examples(examples, class_names, report)
 
-# %% ../../nbs/reference/data/datasets.ipynb #c2750303
+# %% ../../nbs/reference/data/datasets.ipynb #acea9bd4
 def read_datasets(
     folders,
-    split,              # read from each folder that has it
+    split,      # read from each folder that has it
     class_names=None,
-    limit=None,         # images of all folders together
-    *,
-    max_bad_share=0.01,
+    limit=None, # images of all folders together
+    *, max_bad_share=0.01,
 ): # Examples
-    "Read the same split of several folders as one; raises `InputError` if none has it, or an image id is in two."
+    "Read the same split of several folders as one; raises `InputError`, too if an image id is in two."
     where = ", ".join(map(str, folders))
     holding = [folder for folder in folders if len(folders) == 1 or has_split(folder, split)]
     if not holding: raise InputError(f"{where}: none of these folders has the split {split}")
@@ -129,36 +129,33 @@ def read_datasets(
         class_names = part.class_names
         examples += part
         reports.append(part.report)
-    twice = [image_id for image_id, n in Counter(example.image_id for example in examples).items() if n > 1]
-    if twice: raise InputError(f"{where}: image id {twice[0]} is in more than one folder; keep each image once")
+    for image_id, n in Counter(example.image_id for example in examples).items():
+        if n > 1: raise InputError(f"{where}: image id {image_id} is in more than one folder; keep each image once")
     return Examples(examples, class_names, reports[0] if len(reports) == 1 else _sum_reports(reports))
 
 def _sum_reports(reports): # ReadReport
-    counts = {name: sum(getattr(report, name) for report in reports) for name in ("images", "empty", "boxes", "crowds")}
-    total = ReadReport(", ".join(report.path for report in reports), **counts)
+    total = ReadReport(", ".join(report.path for report in reports))
     for report in reports:
+        for name in ("images", "empty", "boxes", "crowds"):
+            setattr(total, name, getattr(total, name) + getattr(report, name))
         total.skipped.update(report.skipped)
         total.first = {**report.first, **total.first}
         total.notes += report.notes
     return total
 
-# %% ../../nbs/reference/data/datasets.ipynb #79fdfdba
+# %% ../../nbs/reference/data/datasets.ipynb #466fac02
 def load_train_val(
-    folders,                  # one in any layout, or several
-    class_names,              # in the network's order; None: all
-    limit=None,               # images of each split
-    validation_fraction=0.03, # of the images, if there is no split val2017
-    max_bad_share=0.01,
+    folders, class_names, limit=None, validation_fraction=0.03, max_bad_share=0.01,
 ): # Examples to train on, Examples to validate on
-    "Read what to train on and what to validate on; raises `InputError`."
+    "Do the work of `load_dataset` for a list of folders."
     train = read_datasets(folders, "train2017", class_names, limit, max_bad_share=max_bad_share)
     if any(has_split(folder, "val2017") for folder in folders):
         val = read_datasets(folders, "val2017", train.class_names, limit, max_bad_share=max_bad_share)
         return exclude_duplicates(train, val, "val2017")[0], val
     held_out = max(1, round(validation_fraction * len(train)))
     if held_out >= len(train):
-        raise InputError(f"{', '.join(map(str, folders))}: {pluralize(len(train), 'image')} are too few to hold some out "
-                         "for validation; add a split val2017, or more images")
+        raise InputError(f"{', '.join(map(str, folders))}: {pluralize(len(train), 'image')} are too few "
+                         "to hold some out for validation; add a split val2017, or more images")
     val = Examples(train[:held_out], train.class_names)
     return exclude_duplicates(train[held_out:], val, "those held out")[0], val
 

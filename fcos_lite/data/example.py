@@ -53,7 +53,7 @@ def pluralize(n, word):
     "Return a number and its noun: 1 box, 2 boxes."
     return f"{n:,} {word}{'' if n == 1 else 'es' if word.endswith('x') else 's'}"
 
-# %% ../../nbs/reference/data/example.ipynb #652a482b
+# %% ../../nbs/reference/data/example.ipynb #a96d9260
 @dataclass
 class ReadReport:
     "What was read, and what was left out and why."
@@ -67,7 +67,6 @@ class ReadReport:
     notes: list = field(default_factory=list)         # remarks on what was not skipped
 
     def skip(self, reason, case):
-        "Count an image or a box that is left out."
         self.skipped[reason] += 1
         self.first.setdefault(reason, case if len(case) < 300 else case[:300] + " ...")
 
@@ -76,16 +75,14 @@ class ReadReport:
         if self.boxes is not None:
             counts += (f" ({self.empty:,} without a box), {pluralize(self.boxes, 'box')}, "
                        f"{pluralize(self.crowds, 'crowd region')}")
-        skipped = [f"  {n:,} skipped: {reason}; first: {self.first[reason]}" for reason, n in self.skipped.items()]
+        skipped = [f"  {n:,} skipped: {reason}; first: {self.first[reason]}"
+                   for reason, n in self.skipped.items()]
         text = "\n".join([self.path, counts, *skipped, *(f"  note: {note}" for note in self.notes)])
-        return text.encode("utf-8", "backslashreplace").decode()   # a file's name may hold bytes that are no text
+        return text.encode("utf-8", "backslashreplace").decode()   # file names need not be text
 
-# %% ../../nbs/reference/data/example.ipynb #d933b673
-def check_error_rate(
-    report,
-    max_bad_fraction, # of the images, and of the boxes, in [0, 1]
-):
-    "Raise `InputError` with the report if more than this fraction of the images, or of the boxes, was skipped."
+# %% ../../nbs/reference/data/example.ipynb #691d6135
+def check_error_rate(report, max_bad_fraction): # in [0, 1]
+    "Raise `InputError` if more than this fraction of the images, or of the boxes, was skipped."
     for kind, good in (("image", report.images), ("box", (report.boxes or 0) + report.crowds)):
         reasons = [reason for reason in report.skipped if reason.startswith(kind)]
         bad = sum(report.skipped[reason] for reason in reasons)
@@ -95,29 +92,24 @@ def check_error_rate(
         enough = min(1.0, step * math.ceil(fraction / step))
         raise InputError(
             f"{report.path}: {bad:,} of {pluralize(good + bad, kind)} cannot be used "
-            f"({100 * fraction:.3g} %, limit {100 * max_bad_fraction:g} %). Fix or remove them, "
-            f"or raise the limit with --max-bad-share {enough:g}. First: {report.first[reasons[0]]}\n{report}")
+            f"({100 * fraction:.3g} %, limit {100 * max_bad_fraction:g} %). Fix or remove them, or raise "
+            f"the limit with --max-bad-share {enough:g}. First: {report.first[reasons[0]]}\n{report}")
 
-# %% ../../nbs/reference/data/example.ipynb #65d53f27
+# %% ../../nbs/reference/data/example.ipynb #371f1413
 class InvalidAnnotation(Exception):
     "One image or box cannot be used; the text is the reason."
 
-def require_inside(
-    file,   # Path
-    folder, # that the user named
-): # the file
+def require_inside(file, folder): # path, the folder that the user named -> the path
     "Raise `InputError` if a file lies outside of the folder, links followed."
     try: real = Path(os.path.realpath(file))
-    except ValueError: raise InputError(f"{str(file)!r:.80}: this cannot be the name of a file; rename it") from None
+    except ValueError:
+        raise InputError(f"{str(file)!r:.80}: this cannot be the name of a file; rename it") from None
     if not real.is_relative_to(os.path.realpath(folder)):
         raise InputError(f"{file}: a link that leads out of {folder}; put the file itself there")
     return file
 
-def read_annotation(
-    file,   # Path
-    folder, # that the user named
-): # bytes
-    "Read what is said about one image; raises `InvalidAnnotation` if it cannot be read, `InputError` if it lies outside."
+def read_annotation(file, folder): # path, the folder that the user named -> bytes
+    "Read an image's annotation; raises `InvalidAnnotation`, or `InputError` if it lies outside."
     require_inside(file, folder)
     if not os.path.isfile(file): raise InvalidAnnotation("whose annotation is missing")
     try:
@@ -129,9 +121,9 @@ def read_annotation(
 def split_names(split): # [str]
     "Return the names that a split may have in a folder: train2017 and train; val2017, val and valid."
     short = split.rstrip("0123456789")
-    return list(dict.fromkeys([split, short, *(["valid"] if short == "val" else [])]))
+    return list(dict.fromkeys([split, short, "valid" if short == "val" else short]))
 
-# %% ../../nbs/reference/data/example.ipynb #9684ab1f
+# %% ../../nbs/reference/data/example.ipynb #553fd322
 class Row(NamedTuple):
     "One box as its file has it, not yet checked."
     where: str           # in the file, for messages
@@ -156,14 +148,14 @@ def box_corners(
     bbox,          # should be [x, y, w, h]
     width, height, # of the image, in the same unit
 ): # left, top, right, bottom, cut to the image
-    "Return the corners of a box; raises `InvalidAnnotation` if it is none, or lies outside of the image."
+    "Return the corners of a box; raises `InvalidAnnotation` if it is no box of this image."
     if not isinstance(bbox, list) or len(bbox) != 4: raise InvalidAnnotation("that is not four numbers")
     if not all(map(is_number, bbox)):
         non_finite = any(isinstance(value, float) and not math.isfinite(value) for value in bbox)
         raise InvalidAnnotation("with NaN or infinity" if non_finite else "that is not four numbers")
     x, y, w, h = map(float, bbox)
     if w <= 0 or h <= 0: raise InvalidAnnotation("of no area")
-    left, top, right, bottom = max(0.0, x), max(0.0, y), min(float(width), x + w), min(float(height), y + h)
+    left, top, right, bottom = max(0.0, x), max(0.0, y), min(width, x + w), min(height, y + h)
     if right <= left or bottom <= top: raise InvalidAnnotation("outside its image")
     return left, top, right, bottom
 
@@ -182,29 +174,32 @@ def _read_boxes(entry, size, labels, report, extents): # corners (N, 4), labels 
             if label is None: continue
             box = left, top, right, bottom = box_corners(bbox, *size)
         except InvalidAnnotation as reason:
-            report.skip(f"box {reason}", f"{where}, category {category}, bbox {reprlib.repr(bbox)}")
+            case = f"{where}, category {category}, bbox {reprlib.repr(bbox)}"
+            report.skip(f"box {reason}", case)
             continue
         x, y, w, h = bbox
         extents.extend((x / size[0], y / size[1], (x + w) / size[0], (y + h) / size[1]))
         corners.append(box)
         classes.append(-2 - label if crowd else label)
-        areas.append(float(area) if is_number(area) and area > 0 else (right - left) * (bottom - top))
-    return np.array(corners, float).reshape(-1, 4), np.array(classes, np.int32), np.array(areas, np.float32)
+        areas.append(area if is_number(area) and area > 0 else (right - left) * (bottom - top))
+    corners = np.array(corners, float).reshape(-1, 4)
+    return corners, np.array(classes, np.int32), np.array(areas, np.float32)
 
 def _build_example(entry, labels, report, extents): # Example
     "Check one image; raises `InvalidAnnotation` or `InputError` if it cannot be used."
     stored, orientation = read_image_size(entry.file)
     upright = stored[::-1] if orientation in TURNED else stored
     size = entry.size or upright
-    as_stored = upright != stored and not _same_aspect(size, upright) and _same_aspect(size, stored)
-    if not as_stored and not _same_aspect(size, upright):
+    as_stored = not _same_aspect(size, upright)
+    if as_stored and not _same_aspect(size, stored):
         raise InvalidAnnotation("of another size than the file says")
     unit = (1, 1) if entry.relative else size
     boxes, classes, areas = _read_boxes(entry, unit, labels, report, extents)
     if as_stored: boxes, unit = rotate_exif(boxes, orientation, *unit), unit[::-1]
     scale = np.divide(upright, unit)
     boxes = (boxes.reshape(-1, 2, 2) * scale).reshape(-1, 4).astype(np.float32)
-    return Example(entry.image_id, entry.file, boxes, classes, *upright, np.float32(scale.prod()) * areas)
+    areas *= np.float32(scale.prod())
+    return Example(entry.image_id, entry.file, boxes, classes, *upright, areas)
 
 def _is_file(file, folder, parents):
     "Tell whether there is a regular file; raises `InputError` if it lies outside of the folder."
@@ -225,35 +220,36 @@ def build_examples(
     examples, extents, parents = [], array("d"), set()
     for entry in entries:
         if not _is_file(entry.file, folder, parents):
-            report.skip("image that is missing", f"{entry.file}: no such file; copy or download it again")
+            case = f"{entry.file}: no such file; copy or download it again"
+            report.skip("image that is missing", case)
             continue
         try: examples.append(_build_example(entry, labels, report, extents))
         except InputError as error: report.skip("image that cannot be read", str(error))
         except InvalidAnnotation as reason:
-            report.skip(f"image {reason}", f"{entry.file}: {entry.size[0]} x {entry.size[1]} by the annotation")
+            width, height = entry.size
+            report.skip(f"image {reason}", f"{entry.file}: {width} x {height} by the annotation")
     report.images = len(examples)
     report.empty = sum(not len(example.boxes) for example in examples)
     report.crowds = sum(int(np.count_nonzero(example.labels < -1)) for example in examples)
     report.boxes = sum(len(example.labels) for example in examples) - report.crowds
     return examples, np.array(extents, float).reshape(-1, 4)
 
-# %% ../../nbs/reference/data/example.ipynb #e2db36c4
+# %% ../../nbs/reference/data/example.ipynb #02e0e550
 def overshoot_bias(
     boxes, # (N, 4) xyxy in fractions of their images, not cut
 ): # in [-1, 1]: above 0 the boxes lie too far right and down, below 0 too far left and up
-    "Return which way boxes leave their images, if they agree on one: by more than 5 % of their own size."
+    "Return which way boxes leave their images by more than 5 % of their size, if they agree on one."
     if not len(boxes): return 0.0
-    outside = np.concatenate([-boxes[:, :2], boxes[:, 2:] - 1], 1) > 0.05 * np.tile(boxes[:, 2:] - boxes[:, :2], 2)
-    left, top, right, bottom = outside.mean(0)
-    return float(max(0, min(right, bottom) - max(left, top)) - max(0, min(left, top) - max(right, bottom)))
+    sides = np.tile(boxes[:, 2:] - boxes[:, :2], 2)
+    outside = np.concatenate([-boxes[:, :2], boxes[:, 2:] - 1], 1) > 0.05 * sides
+    left, top, right, bottom = outside.mean(0).tolist()
+    return max(0, min(right, bottom) - max(left, top)) - max(0, min(left, top) - max(right, bottom))
 
-def detect_half_box_shift(
-    boxes, # as in `overshoot_bias`
-): # a sentence, or None
+def detect_half_box_shift(boxes): # as in `overshoot_bias` -> a sentence, or None
     "Name the half-box shift, if at least five boxes and 3 % of all speak for it."
     bias = overshoot_bias(boxes)
     if abs(bias) < max(0.03, 5 / max(1, len(boxes))): return None
-    sides, cause = ("right and below", "centres were read as corners") if bias > 0 else \
-                   ("left and above", "corners were read as centres")
-    return (f"boxes leave their images to the {sides}, and not to the other sides ({bias:+.2f}): as if {cause}, "
-            "half a box away. Draw some, and fix what wrote them")
+    sides, cause = "right and below", "centres were read as corners"
+    if bias < 0: sides, cause = "left and above", "corners were read as centres"
+    return (f"boxes leave their images to the {sides}, and not to the other sides ({bias:+.2f}): "
+            f"as if {cause}, half a box away. Draw some, and fix what wrote them")

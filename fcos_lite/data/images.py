@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['decode_image', 'read_image', 'find_images']
 
-# %% ../../nbs/reference/data/images.ipynb #a1bd2526
+# %% ../../nbs/reference/data/images.ipynb #a8d9423e
+import contextlib
 import math
 import os
 import struct
@@ -16,40 +17,33 @@ import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 from ..errors import InputError
 
-# %% ../../nbs/reference/data/images.ipynb #249d3074
+# %% ../../nbs/reference/data/images.ipynb #1fd95b1c
 try: import cv2
 except ImportError as error:
-    raise ImportError(
-        f"OpenCV cannot be loaded ({error}). A server without a display lacks libGL; take the build without windows: "
-        "pip uninstall opencv-python, then pip install opencv-python-headless") from error
+    raise ImportError(f"OpenCV cannot be loaded ({error}). A server without a display lacks libGL; "
+                      "take the build without windows: pip uninstall opencv-python, "
+                      "then pip install opencv-python-headless") from error
 
-# %% ../../nbs/reference/data/images.ipynb #9592d7f8
+# %% ../../nbs/reference/data/images.ipynb #6bb8cb28
 _FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
 _MAX_PIXELS = 100_000_000   # in one image
-_ENDS = {"JPEG": b"\xff\xd9", "MPO": b"\xff\xd9", "PNG": b"IEND\xaeB`\x82"}   # MPO: two JPEGs, from some phones
+_ENDS = {"JPEG": b"\xff\xd9", "MPO": b"\xff\xd9", "PNG": b"IEND\xaeB`\x82"} # MPO: phones' two JPEGs
 
 def _open_header(data, name): # bytes -> PIL image, its pixels not yet decoded
     "Return an image's header; raises `InputError` if it is no image, or too large."
-    too_large = (f"{name}: more than {_MAX_PIXELS // 10**6} megapixels; "
-                 "scale it down first, 4,000 pixels a side are plenty")
+    too_large = f"{name}: more than {_MAX_PIXELS // 10**6} megapixels; scale it down first"
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
             header = Image.open(BytesIO(data), formats=_FORMATS)
     except Image.DecompressionBombError as error: raise InputError(too_large) from error
     except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
-        raise InputError(f"{name}: not an image that can be read; give a JPEG, PNG, WebP, GIF, BMP or TIFF "
-                         "(convert HEIC and raw files first)") from error
+        raise InputError(f"{name}: not an image that can be read; give a JPEG, PNG, WebP, GIF, BMP or "
+                         "TIFF (convert HEIC and raw files first)") from error
     if header.width * header.height > _MAX_PIXELS: raise InputError(too_large)
     return header
 
-def _decode_quickly(data): # (H, W, 3) uint8 RGB, or None
-    "Decode with OpenCV."
-    try: image = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR)
-    except cv2.error: return None
-    return None if image is None else cv2.cvtColor(image, cv2.COLOR_BGR2RGB)
-
-# %% ../../nbs/reference/data/images.ipynb #e3c996e4
+# %% ../../nbs/reference/data/images.ipynb #838276c3
 def decode_strictly(
     header, # PIL image
     name,   # what an error calls it
@@ -59,8 +53,10 @@ def decode_strictly(
         header.load()
         image = ImageOps.exif_transpose(header)
     except (OSError, SyntaxError, ValueError, IndexError, EOFError) as error:
-        raise InputError(f"{name}: the image is truncated or damaged ({error}); copy or download it again") from error
-    if image.mode == "F": raise InputError(f"{name}: its pixels are floating-point numbers; save it with 8 bits a channel")
+        raise InputError(f"{name}: the image is truncated or damaged ({error}); "
+                         "copy or download it again") from error
+    if image.mode == "F":
+        raise InputError(f"{name}: its pixels are floating-point numbers; save it with 8 bits a channel")
     if image.mode.startswith("I"):   # 16 bits
         grey = np.clip(np.asarray(image, np.float32) / 257 + 0.5, 0, 255)
         image = Image.fromarray(grey.astype(np.uint8))
@@ -69,7 +65,7 @@ def decode_strictly(
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return np.array(image.convert("RGB"))
 
-# %% ../../nbs/reference/data/images.ipynb #43213920
+# %% ../../nbs/reference/data/images.ipynb #839d7237
 def decode_image(
     data,                # bytes of an image file
     name="these bytes",  # what an error calls it
@@ -79,13 +75,12 @@ def decode_image(
     header = _open_header(data, name)
     ordinary = header.mode in ("RGB", "L") and "transparency" not in header.info
     if ordinary and header.format in _ENDS and data.endswith(_ENDS[header.format]):
-        image = _decode_quickly(data)
-        if image is not None: return image
+        with contextlib.suppress(cv2.error):
+            image = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR)
+            if image is not None: return cv2.cvtColor(image, cv2.COLOR_BGR2RGB)
     return decode_strictly(header, name)
 
-def read_image(
-    path,
-): # (H, W, 3) uint8 RGB
+def read_image(path): # (H, W, 3) uint8 RGB
     "Read an image file, upright; raises `InputError` that names the file and what to do."
     path = Path(path)
     if path.is_dir(): raise InputError(f"{path}: this is a folder; name an image in it")
@@ -97,28 +92,26 @@ def read_image(
         raise InputError(f"{path}: cannot be opened ({error.strerror}); check its permissions") from error
     return decode_image(data, str(path))
 
-# %% ../../nbs/reference/data/images.ipynb #f738e0c6
-def encode_jpeg(
-    image,      # (H, W, 3) uint8 RGB
-    quality=95, # 1..100
-): # bytes
+# %% ../../nbs/reference/data/images.ipynb #2fb13dfc
+def encode_jpeg(image, quality=95): # (H, W, 3) uint8 RGB, 1..100 -> bytes
     "Encode an image as a JPEG file."
     return cv2.imencode(".jpg", image[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, quality])[1].tobytes()
 
-# %% ../../nbs/reference/data/images.ipynb #c8720016
+# %% ../../nbs/reference/data/images.ipynb #77f1d03c
 TURNED = (5, 6, 7, 8)   # EXIF orientations whose width and height are exchanged
 
 def _read_header(path): # (width, height) as stored; orientation, 1..8; whether the file seems whole
     with open(path, "rb") as file:
         header = Image.open(file, formats=_FORMATS)
         end, orientation = _ENDS.get(header.format, b""), 1
-        tagged = header.format == "TIFF" or any(key in header.info for key in ("exif", "xmp", "XML:com.adobe.xmp"))
-        if tagged: orientation = header.getexif().get(274, 1)
+        if header.format == "TIFF" or {"exif", "xmp", "XML:com.adobe.xmp"} & header.info.keys():
+            orientation = header.getexif().get(274, 1)
         file.seek(-len(end), os.SEEK_END)
-        return header.size, orientation, file.read() == end and math.prod(header.size) <= _MAX_PIXELS
+        whole = file.read() == end and math.prod(header.size) <= _MAX_PIXELS
+        return header.size, orientation, whole
 
 def read_image_size(path): # (width, height) as stored, pixels; EXIF orientation, 1..8
-    "Return an image's size, mostly without decoding it; raises `InputError` if it is truncated or no image."
+    "Return an image's size, mostly without decoding it; raises `InputError` if it is no whole image."
     try: size, orientation, whole = _read_header(path)
     except (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError):
         height, width = read_image(path).shape[:2]   # the decoder says what is wrong, or that nothing is
@@ -137,12 +130,13 @@ def rotate_exif(
     if orientation in (7, 8): y = width - y
     return np.stack([x.min(-1), y.min(-1), x.max(-1), y.max(-1)], -1)
 
-# %% ../../nbs/reference/data/images.ipynb #b6ab3249
+# %% ../../nbs/reference/data/images.ipynb #1dfeb1e1
 _SUFFIXES = {suffix for suffix, name in Image.registered_extensions().items() if name in _FORMATS}
 
 def find_images(folder): # [Path], sorted
     "List all images of a folder and of the folders in it."
-    return sorted(file for file in Path(folder).rglob("[!.]*") if file.suffix.lower() in _SUFFIXES)
+    files = Path(folder).rglob("[!.]*")
+    return sorted(file for file in files if file.suffix.lower() in _SUFFIXES)
 
 # %% ../../nbs/reference/data/images.ipynb #73ed2c17
 def image_ids(files): # [int]

@@ -11,26 +11,30 @@ import numpy as np
 from .images import cv2   # which explains what to do if OpenCV cannot be loaded
 from ..errors import InputError
 
-# %% ../../nbs/reference/data/letterbox.ipynb #8bad2e8a
+# %% ../../nbs/reference/data/letterbox.ipynb #7fb92424
 def _resize(image, width, height): # (h, w, 3) uint8 -> (height, width, 3) uint8
     shrinks = width * height < image.shape[0] * image.shape[1]
-    return cv2.resize(image, (width, height), interpolation=cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR)
+    return cv2.resize(image, (width, height), None, 0, 0, cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR)
 
-def _scaled_size(width, height, scale): return max(1, round(width * scale)), max(1, round(height * scale))
+def _scaled_size(width, height, scale):
+    return max(1, round(width * scale)), max(1, round(height * scale))
+
+def _paste(image, width, height, left, top, pad_value): # into a grey frame of this size
+    frame = np.full((height, width, 3), pad_value, np.uint8)
+    frame[top:top + image.shape[0], left:left + image.shape[1]] = image
+    return frame
 
 def fit_inside(
     image,         # (H, W, 3) uint8
     width, height, # of the frame, pixels
-    pad_value=0,   # grey of the bars, 0..255; None: no bars, one side may be shorter than the frame's
+    pad_value=0,   # grey of the bars, 0..255; None: no bars, one side may be shorter
 ): # (height, width, 3) uint8
     "Scale an image into the middle of a frame, as large as it goes."
-    size = _scaled_size(image.shape[1], image.shape[0], min(width / image.shape[1], height / image.shape[0]))
+    scale = min(width / image.shape[1], height / image.shape[0])
+    size = _scaled_size(image.shape[1], image.shape[0], scale)
     image = _resize(image, *size)
     if pad_value is None or size == (width, height): return image
-    frame = np.full((height, width, 3), pad_value, np.uint8)
-    left, top = (width - size[0]) // 2, (height - size[1]) // 2
-    frame[top:top + size[1], left:left + size[0]] = image
-    return frame
+    return _paste(image, width, height, (width - size[0]) // 2, (height - size[1]) // 2, pad_value)
 
 @dataclass(frozen=True)
 class Letterbox:
@@ -63,12 +67,10 @@ class Letterbox:
     ): # (size, size, 3) uint8
         "Draw the image in its square."
         if image.shape != (self.height, self.width, 3):
-            raise InputError(f"an image of shape {image.shape} in a letterbox made for ({self.height}, {self.width}, 3): "
-                             "make one with Letterbox.fit")
-        square = np.full((self.size, self.size, 3), pad_value, np.uint8)
-        rows, columns = slice(self.top, self.top + self.scaled_height), slice(self.left, self.left + self.scaled_width)
-        square[rows, columns] = _resize(image, self.scaled_width, self.scaled_height)
-        return square
+            raise InputError(f"an image of shape {image.shape} in a letterbox made for "
+                             f"({self.height}, {self.width}, 3): make one with Letterbox.fit")
+        image = _resize(image, self.scaled_width, self.scaled_height)
+        return _paste(image, self.size, self.size, self.left, self.top, pad_value)
 
     @property
     def _scale(self):

@@ -17,9 +17,9 @@ from .images import encode_jpeg
 from ..errors import InputError
 from ..files import atomic_path
 
-# %% ../../nbs/reference/data/shards.ipynb #f9c83db9
-def _downscale(example, image_size): # Example, longest side wanted in pixels -> Example whose image is an array
-    "Scale an example down; one that is small enough keeps its size. Raises `InputError` if its image cannot be read."
+# %% ../../nbs/reference/data/shards.ipynb #d42a6c6b
+def _downscale(example, image_size): # Example, longest side wanted -> Example whose image is an array
+    "Scale an example down if it is too large; raises `InputError` if its image cannot be read."
     scale, image = min(1.0, image_size / max(example.width, example.height)), example.read()
     width, height = max(1, round(example.width * scale)), max(1, round(example.height * scale))
     if scale < 1: image = cv2.resize(image, (width, height), interpolation=cv2.INTER_AREA)
@@ -38,7 +38,7 @@ def pack_dataset(
     quality=90,     # of the JPEG, 1..100
     max_bad_share=0.01, # fraction of the images that may turn out unreadable
 ): # [Path] of the shards
-    "Write examples as COCO folders of a limited size, all of them or none; raises `InputError` if one is there already."
+    "Write examples as COCO folders of a limited size, all of them or none; raises `InputError`."
     if not (image_size >= 1 and max_mb > 0 and 1 <= quality <= 100):
         raise InputError(f"image_size {image_size}, max_mb {max_mb}, quality {quality}: "
                          "sizes must be above 0, and quality in 1..100")
@@ -48,8 +48,8 @@ def pack_dataset(
         raise InputError(f"{out}: holds shards of {split} already; choose another folder, or take them away")
     def write():
         shard = out / f"{split}-{len(shards):03d}"
-        with atomic_path(shard) as aside:
-            write_coco(aside, split, [example for example, _ in batch], examples.class_names, [data for _, data in batch])
+        small, files = zip(*batch)
+        with atomic_path(shard) as aside: write_coco(aside, split, small, examples.class_names, files)
         shards.append(shard)
         batch.clear()
     try:

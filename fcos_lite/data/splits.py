@@ -13,7 +13,7 @@ import numpy as np
 from .example import Examples
 from ..errors import InputError
 
-# %% ../../nbs/reference/data/splits.ipynb #ab1fbff3
+# %% ../../nbs/reference/data/splits.ipynb #003f04e2
 def _subset(examples, indices): # Examples
     chosen = [examples[int(index)] for index in indices]
     return Examples(chosen, examples.class_names, getattr(examples, "report", None))
@@ -32,9 +32,9 @@ def with_negatives(
     empty = [index for index, example in enumerate(examples) if not len(example.boxes)]
     wanted = round(fraction / (1 - fraction) * len(positive))
     if wanted > len(empty):
-        raise InputError(f"fraction {fraction}: beside {len(positive):,} images with boxes {wanted:,} without a box would "
-                         f"be needed, and {len(empty):,} are there; "
-                         f"give at most {len(empty) / max(1, len(empty) + len(positive)):.4f}")
+        most = len(empty) / max(1, len(empty) + len(positive))
+        raise InputError(f"fraction {fraction}: beside {len(positive):,} images with boxes {wanted:,} without "
+                         f"a box would be needed, and {len(empty):,} are there; give at most {most:.4f}")
     negative = np.random.default_rng(seed).choice(empty, wanted, replace=False)
     return _subset(examples, np.sort(np.concatenate([positive, negative])))
 
@@ -49,13 +49,14 @@ def hold_out(
     chosen = np.arange(count)
     if seed is not None:
         rng = np.random.default_rng(seed)
-        by_boxes = np.lexsort((rng.random(len(examples)), [_count_boxes(example) for example in examples]))
+        counts = [_count_boxes(example) for example in examples]
+        by_boxes = np.lexsort((rng.random(len(examples)), counts))
         chosen = by_boxes[(chosen * len(examples) + rng.integers(len(examples))) // count]
     held = np.zeros(len(examples), bool)
     held[chosen] = True
     return _subset(examples, np.flatnonzero(held)), _subset(examples, np.flatnonzero(~held))
 
-# %% ../../nbs/reference/data/splits.ipynb #456f3421
+# %% ../../nbs/reference/data/splits.ipynb #63d3fa0b
 def _read_error(example, error): # InputError
     return InputError(f"{example.image}: cannot be read ({error.strerror}); read the dataset again")
 
@@ -87,14 +88,12 @@ def exclude_duplicates(
         kept.report.skip(f"copy of an image of {where}", f"{copy.image} is {other.image}")
     return kept, copies
 
-def require_disjoint(
-    splits, # {name: examples}
-):
+def require_disjoint(splits): # {name: examples}
     "Raise `InputError` if an image is in two splits, under whatever name."
     owners = {}
     for name, examples in splits.items():
         for example in examples:
             owner, other = owners.setdefault(_image_checksum(example), (name, example))
             if owner != name:
-                raise InputError(f"image {example.image_id} of {name} is image {other.image_id} of {owner}: the same image "
-                                 "would be learned and measured; leave one out, as exclude_duplicates does")
+                raise InputError(f"image {example.image_id} of {name} is image {other.image_id} of {owner}: the "
+                                 "same image would be learned and measured; exclude_duplicates leaves one out")
