@@ -9,16 +9,20 @@ import pytest
 from fcos_lite.errors import InputError
 from fcos_lite.evaluate.__main__ import main
 from fcos_lite.scenes.scenes import Scenes, World
-from .test_metrics import coco_json
 
 @pytest.fixture
 def photographs(tmp_path):
     "A folder with val2017 and its annotations alone."
-    examples, folder = list(Scenes(5, seed=1, world=World(size=80, min_height=20))), tmp_path / "coco"
+    folder, images, annotations = tmp_path / "coco", [], []
     for name in ("val2017", "annotations"): (folder / name).mkdir(parents=True)
-    for example in examples:
-        cv2.imwrite(str(folder / "val2017" / f"{example.image_id}.png"), example.image[..., ::-1])
-    (folder / "annotations" / "instances_val2017.json").write_text(json.dumps(coco_json(examples, ["person"])))
+    for i, scene in enumerate(Scenes(5, seed=1, world=World(size=80, min_height=20, empty_share=0)), start=1):
+        images.append({"id": i, "file_name": f"{i}.png", "width": 80, "height": 80})
+        cv2.imwrite(str(folder / "val2017" / f"{i}.png"), scene.image[..., ::-1])
+        for left, top, right, bottom in scene.boxes.tolist():
+            annotations.append({"id": len(annotations) + 1, "image_id": i, "category_id": 1, "iscrowd": 0,
+                                "bbox": [left, top, right - left, bottom - top]})
+    content = {"images": images, "annotations": annotations, "categories": [{"id": 1, "name": "person"}]}
+    (folder / "annotations" / "instances_val2017.json").write_text(json.dumps(content))
     return folder
 
 def test_a_run_is_measured_on_photographs(tiny_run, photographs, tmp_path, capsys):

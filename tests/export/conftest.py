@@ -19,7 +19,7 @@ NMS = replace(CAMERA_NMS, score=0.25, candidates=100)
 @pytest.fixture(scope="session")
 def model():
     "Its last layers are scaled up, so that scores lie far apart and an order and a threshold mean something."
-    from fcos_lite.detector.backbone import reinitialize_kernels
+    from fcos_lite.detector.layers import reinitialize_kernels
     from fcos_lite.detector.model import FCOS
     model = FCOS(CONFIG)
     h = model.heads

@@ -2,9 +2,9 @@
 import numpy as np
 import pytest
 
+from fcos_lite.config import NMSConfig
 from fcos_lite.export.runtime import FORMATS
 from fcos_lite.export.writer import compare_with_keras
-from .conftest import NMS
 
 @pytest.mark.parametrize("format", FORMATS)
 def test_float32_gives_the_boxes_of_keras(format, exports, images):
@@ -18,14 +18,15 @@ def test_the_table_is_filled_from_the_top(exports, images):
     exported, *_ = exports("litert")
     for image in images[:8]:
         table = {name: value[0] for name, value in exported(image[None]).items()}
-        count, scores = table["count"], table["scores"]
-        assert (np.diff(scores) <= 0).all() and (scores[:count] > NMS.score).all() and (scores[count:] == 0).all()
+        count, scores, threshold = table["count"], table["scores"], exported.manifest["nms"]["score"]
+        assert (np.diff(scores) <= 0).all() and (scores[:count] > threshold).all() and (scores[count:] == 0).all()
         assert (table["labels"][count:] == -1).all() and (table["boxes"][count:] == 0).all()
         assert set(table["labels"][:count]) <= {0, 1}
 
 def test_more_boxes_than_rows_gives_the_best(model, images):
     from fcos_lite.export.graph import ExportModule
-    many, few = (ExportModule(model, NMS, rows)(images[:4]) for rows in (100, 3))
+    nms = NMSConfig(iou=0.3, score=0.25, candidates=100)
+    many, few = (ExportModule(model, nms, rows)(images[:4]) for rows in (100, 3))
     assert (np.array(many["count"]) > 3).any()
     for name in ("boxes", "scores", "labels"):
         np.testing.assert_array_equal(np.array(few[name]), np.array(many[name])[:, :3])

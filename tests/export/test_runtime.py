@@ -10,14 +10,15 @@ import cv2
 import numpy as np
 import pytest
 
+from fcos_lite.config import NMSConfig
 from fcos_lite.data.letterbox import Letterbox
 from fcos_lite.errors import InputError
 from fcos_lite.export.runtime import MANIFEST_NAME, ExportedDetector, difference
 from fcos_lite.export.writer import export_detector, reduce_precision
 from fcos_lite.scenes.scenes import Scenes, World
-from .conftest import CONFIG, NMS, SIZE
 
 ROOT = Path(__file__).resolve().parents[2]
+SIZE = 64     # of the network in conftest.py
 
 def test_difference_compares_nearest_boxes():
     table = {"boxes": np.float32([[[0, 0, 10, 10], [20, 20, 40, 40]]]), "scores": np.float32([[0.9, 0.5]]),
@@ -60,7 +61,7 @@ def test_what_cannot_be_exported_is_refused_and_leaves_nothing(model, exports, i
                              ({"format": "onnx", "precision": "float16"}, "tensorrt.sh"),
                              ({"format": "saved_model", "precision": "int8"}, "comes in float32"),
                              ({"precision": "int8"}, "calibration_images"),
-                             ({"rows": 100_000, "nms": NMS}, "candidates enter NMS")):
+                             ({"rows": 100_000}, "candidates enter NMS")):
         with pytest.raises(InputError, match=message): export_detector(model, out, **options)
         assert not out.exists()
     with pytest.raises(InputError, match="exists already"): export_detector(model, tmp_path)
@@ -78,10 +79,10 @@ def test_boxes_come_back_into_an_image_that_is_not_square(exports, model):
     exported, *_ = exports("litert")
     image = np.tile(Scenes(1, 3, World(size=SIZE))[0].read(), (1, 3, 1))
     found, letterbox = exported.detect(image), Letterbox.fit(192, 64, SIZE)
-    table = exported(letterbox.apply(image, CONFIG.pad_value)[None])
+    table = exported(letterbox.apply(image, model.config.pad_value)[None])
     np.testing.assert_allclose(found.xyxy, letterbox.boxes_out(table["boxes"][0, :table["count"][0]]), atol=1e-4)
     assert len(found) and found.xyxy[:, 2].max() <= 192 and found.xyxy[:, 3].max() <= 64
-    by_keras = model.detect(image, NMS)[:30]
+    by_keras = model.detect(image, NMSConfig(**exported.manifest["nms"]))[:30]
     np.testing.assert_allclose(found.xyxy, by_keras.xyxy, atol=0.05)
     np.testing.assert_allclose(found.score, by_keras.score, atol=1e-4)
     assert found.names() == by_keras.names()
