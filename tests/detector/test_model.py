@@ -121,7 +121,8 @@ def test_the_reference_loop_computes_the_same_losses():
             for pair in zip(labels.tolist(), boxes.tolist())]
     theirs = reference_losses(model(images), tf.ragged.constant(rows, ragged_rank=1), 64)
     ours = losses(model, images, boxes, labels)
-    for name, value in zip(("cls", "ltrb", "centerness"), theirs): assert ours[name] == pytest.approx(float(value), rel=1e-4)
+    for name, value in zip(("cls", "ltrb", "centerness"), theirs):
+        assert ours[name] == pytest.approx(float(value), rel=1e-4), name
 
 # The three ways to fit
 
