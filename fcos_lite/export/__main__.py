@@ -48,10 +48,8 @@ def calibration_batch(
     "Return images that set the ranges of int8 activations; raises `InputError` if one is missing or unreadable."
     if paths:
         from fcos_lite.detect.sources import find_sources, read_frames
-        sources = find_sources(list(paths))
-        for source in sources:
-            if source.kind in ("video", "camera"):
-                raise InputError(f"{source.name}: a {source.kind}; --calibration takes images and folders of images")
+        sources = [source for source in find_sources(list(paths))[0] if source.kind not in ("video", "camera")]
+        if not sources: raise InputError(f"--calibration {' '.join(paths)}: no image there")
         chosen = np.unique(np.linspace(0, len(sources) - 1, min(count, len(sources))).astype(int))
         images = [frame.image for frame in read_frames([sources[i] for i in chosen])]
     else:

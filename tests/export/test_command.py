@@ -51,7 +51,7 @@ def test_calibration_reads_files_and_folders(tmp_path):
     assert images.shape == (3, 64, 64, 3) and images[:, 32, 32, 0].tolist() == [0, 80, 160]     # evenly spaced
     with pytest.raises(InputError, match="nowhere"): calibration_batch(("nowhere",), ModelConfig(image_size=64), 3)
     (tmp_path / "film.mp4").write_bytes(b"")
-    with pytest.raises(InputError, match="takes images"):
+    with pytest.raises(InputError, match="no image there"):
         calibration_batch((str(tmp_path / "film.mp4"),), ModelConfig(image_size=64), 3)
 
 @pytest.mark.parametrize("command", ["evaluate", "export"])
