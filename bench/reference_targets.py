@@ -1,6 +1,7 @@
-"""The document's target assignment, run as it reads: TensorFlow, eagerly, one picture at a time, in a Python loop over the boxes.
+"""The reference document's target assignment: TensorFlow, eager, one image at a time, in a Python loop over the boxes.
 
-It is here to be compared with `fcos_lite.detector.targets.assign`, in speed by the benchmarks and in its results by tests/test_targets.py.
+It is compared with `fcos_lite.detector.targets.assign_targets`, in speed by the benchmarks and in its results by
+tests/detector/test_targets.py.
 """
 import tensorflow as tf
 
@@ -15,17 +16,17 @@ def target_assignment(area):
     return 3, 32
 
 
-def document_targets(
+def reference_targets(
     boxes, # (M, 4) xyxy, pixels; no padding
     labels, # (M,) class indices
     image_size=512, # pixels
     num_classes=1,
-): # three lists, one tensor a level: classes (H, W, num_classes), distances (H, W, 4) in strides, centerness (H, W, 1); 0 where nothing is
-    "What every location of one picture has to learn."
+): # lists of one tensor per level: cls (H, W, classes), ltrb (H, W, 4) in strides, centerness (H, W, 1); 0 at background
+    "Return what every location of one image has to learn."
     sides = [image_size // (4 << level) for level in range(LEVELS)]
     cls_targets = [tf.zeros((side, side, num_classes)) for side in sides]
-    reg_targets = [tf.zeros((side, side, 4)) for side in sides]
-    ctr_targets = [tf.zeros((side, side, 1)) for side in sides]
+    ltrb_targets = [tf.zeros((side, side, 4)) for side in sides]
+    centerness_targets = [tf.zeros((side, side, 1)) for side in sides]
     assigned_areas = [tf.fill((side, side), float("inf")) for side in sides]
 
     for box, label in zip(tf.unstack(tf.cast(boxes, tf.float32)), labels):
@@ -52,10 +53,10 @@ def document_targets(
         cls_targets[level] = tf.where(mask, one_hot, cls_targets[level])
 
         l, t, r, b = (x_img - x_min) / stride, (y_img - y_min) / stride, (x_max - x_img) / stride, (y_max - y_img) / stride
-        reg_targets[level] = tf.where(mask, tf.stack([l, t, r, b], axis=-1), reg_targets[level])
+        ltrb_targets[level] = tf.where(mask, tf.stack([l, t, r, b], axis=-1), ltrb_targets[level])
 
         horizontal = tf.minimum(l, r) / (tf.maximum(l, r) + 1e-6)
         vertical = tf.minimum(t, b) / (tf.maximum(t, b) + 1e-6)
         centerness = tf.sqrt(tf.where(final_mask, horizontal * vertical, 0.0))
-        ctr_targets[level] = tf.where(mask, centerness[..., None], ctr_targets[level])
-    return cls_targets, reg_targets, ctr_targets
+        centerness_targets[level] = tf.where(mask, centerness[..., None], centerness_targets[level])
+    return cls_targets, ltrb_targets, centerness_targets

@@ -25,8 +25,9 @@ from google.protobuf import descriptor_pb2, descriptor_pool, message_factory, te
 from google.protobuf.message import DecodeError
 from .batches import Batches, epoch_order
 from .download import show_progress
-from .images import Example, Letterbox, decode_image
-from .report import ReadReport, check_error_rate, pluralize
+from .example import Example, ReadReport, check_error_rate, pluralize
+from .images import decode_image
+from .letterbox import Letterbox
 from ..errors import InputError
 from ..files import atomic_path, atomic_write, folder_lock, sha256_of
 
@@ -102,8 +103,8 @@ def _encode_example(example, config): # Example, RecordConfig -> bytes of a tf.t
     "Serialize an example; raises `InputError` if its image is unreadable or of another size."
     image = example.read()
     if image.shape[:2] != (example.height, example.width):
-        raise InputError(f"image {example.image_id}: {image.shape[1]} x {image.shape[0]} pixels, not "
-                         f"{example.width} x {example.height} as annotated; read the dataset again")
+        raise InputError(f"image {example.image_id}: {image.shape[1]} x {image.shape[0]} pixels, "
+                         f"not {example.width} x {example.height}; read the dataset again")
     fit = Letterbox.fit(example.width, example.height, config.image_size, config.enlarge)
     square = fit.apply(image, config.pad_value)[..., ::-1]
     quality = [cv2.IMWRITE_JPEG_QUALITY, config.quality] if config.format == "jpeg" else []
@@ -159,7 +160,8 @@ def _decode_example(
     width, height = fit.size, fit.size
     if original: boxes, width, height = fit.boxes_out(boxes), fit.width, fit.height
     else: areas *= fit.scaled_width * fit.scaled_height / (fit.width * fit.height)
-    return _RecordExample(image_id, image, boxes, labels, width, height, areas, fit, original, where)
+    return _RecordExample(image_id, image, boxes, labels, width, height, areas, fit, original,
+                          where)
 
 # %% ../../nbs/reference/data/tfrecord.ipynb #510d4500
 def _checksum(value): # anything that JSON can hold -> 64 hexadecimal digits
@@ -233,7 +235,7 @@ class ShardIndex:
             report.skip(reason, first)
             report.skipped[reason] = count
         for shard in self.shards.values():
-            for error in shard.skipped: report.skip("picture that cannot be read", error)
+            for error in shard.skipped: report.skip("image that cannot be read", error)
         return report
 def _open_index(folder, plan): # ShardIndex
     "Return the index that `plan` continues; raises `InputError` if the folder holds other records."
@@ -259,8 +261,8 @@ def _check_shard(path, shard, whole=True): # Path, _Shard, compare the bytes or 
         raise InputError(f"{path}: {size:,} bytes, but {shard.bytes:,} were written: truncated, or "
                          f"another file; delete it and {_REMEDY}")
     if whole and sha256_of(path) != shard.sha256:
-        raise InputError(f"{path}: its SHA-256 is not that of what was written: damaged, or another "
-                         f"file; delete it and {_REMEDY}")
+        raise InputError(f"{path}: its SHA-256 is not that of what was written: damaged, or "
+                         f"another file; delete it and {_REMEDY}")
 
 # %% ../../nbs/reference/data/tfrecord.ipynb #be30bc5e
 def _write_shard(path, examples, config): # _Shard
@@ -316,7 +318,7 @@ def write_records(
                 index.shards = dict(sorted({**index.shards, jobs[job]: job.result()}.items()))
                 index.save(out)
                 report = index.report(out)
-                show_progress(report.pictures, len(examples), "images")
+                show_progress(report.images, len(examples), "images")
                 bad = sum(len(shard.skipped) for shard in index.shards.values())
                 if bad > max_bad_share * len(examples): check_error_rate(report, max_bad_share)
         finally: pool.shutdown(cancel_futures=True)
@@ -469,8 +471,8 @@ def read_train_val(
     if val: return records[0], records[1].in_original_pixels()
     held_out = max(1, round(validation_fraction * len(records[0])))
     if held_out >= len(records[0]):
-        raise InputError(f"{folder}: {pluralize(len(records[0]), 'image')}: too few to hold some out "
-                         "for validation; add a val split, or more images")
+        raise InputError(f"{folder}: {pluralize(len(records[0]), 'image')}: too few to hold some "
+                         "out for validation; add a val split, or more images")
     return records[0][held_out:], records[0][:held_out].in_original_pixels()
 
 def _require_match(records, config): # Records, ModelConfig
@@ -478,11 +480,11 @@ def _require_match(records, config): # Records, ModelConfig
     stored, where = records.config, records.folder / records.index.split
     names, wanted = " ".join(records.class_names), " ".join(config.class_names)
     if records.class_names != config.class_names:
-        raise InputError(f"{where}: records of {names}, but the network's classes are {wanted}; give "
-                         f"--class-names {names}, or write them with --only-class {wanted}")
+        raise InputError(f"{where}: records of {names}, but the network's classes are {wanted}; "
+                         f"give --class-names {names}, or write them with --only-class {wanted}")
     if stored.image_size < config.image_size:
-        raise InputError(f"{where}: {stored.image_size} pixels, but the network takes "
-                         f"{config.image_size}; give --image-size {stored.image_size}, or write larger")
+        raise InputError(f"{where}: {stored.image_size} pixels, but the network takes more; give "
+                         f"--image-size {stored.image_size}, or write larger ones")
     if stored.pad_value != config.pad_value:
         raise InputError(f"{where}: bars of grey {stored.pad_value}, but the network's are "
                          f"{config.pad_value}; give --pad-value {stored.pad_value}")

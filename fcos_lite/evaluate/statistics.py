@@ -11,7 +11,7 @@ import html
 from dataclasses import dataclass
 import numpy as np
 from ..data.batches import pad_boxes
-from ..data.images import Letterbox
+from ..data.letterbox import Letterbox
 from ..detector.targets import assign_targets, unassigned_boxes
 from ..errors import InputError
 from ..visualize.drawing import PALETTE
@@ -40,10 +40,11 @@ class DatasetStatistics:
     def __str__(self):
         counts, (widths, heights), boxes = self.counts, self.sides, len(self.boxes)
         small, large = (self.areas < 32 ** 2).sum(), (self.areas >= 96 ** 2).sum()
-        medium, classes = boxes - small - large, np.bincount(self.labels, minlength=len(self.class_names))
+        classes = np.bincount(self.labels, minlength=len(self.class_names))
         frequent = [f"{self.class_names[i]} {classes[i]:,}" for i in np.argsort(-classes)[:12]]
         return _as_lines({
-            "images": f"{len(counts):,}, of which without a box {_fraction(sum(counts == 0), len(counts))}",
+            "images": f"{len(counts):,}",
+            "images without a box": _fraction((counts == 0).sum(), len(counts)),
             "boxes": f"{boxes:,}, and {self.crowds.sum():,} crowd regions",
             "classes": ", ".join(frequent),
             "boxes in an image": f"{_median_and_range(counts)}, at most {counts.max()}",
@@ -51,8 +52,8 @@ class DatasetStatistics:
             "height of images": f"{_median_and_range(self.sizes[:, 1])} pixels",
             f"√area at {self.image_size} pixels": _median_and_range(np.sqrt(widths * heights)),
             "height / width of boxes": _median_and_range(heights / widths),
-            "by COCO's areas": f"small {_fraction(small, boxes)}, medium {_fraction(medium, boxes)}, "
-                               f"large {_fraction(large, boxes)}"})
+            "small boxes (COCO)": _fraction(small, boxes),
+            "large boxes (COCO)": _fraction(large, boxes)})
 
 def _as_lines(values): return "\n".join(f"  {name:25} {text}" for name, text in values.items())
 

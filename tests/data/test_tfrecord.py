@@ -19,8 +19,7 @@ from hypothesis import strategies as st
 from fcos_lite.config import REFERENCE
 from fcos_lite.data import tfrecord
 from fcos_lite.data.batches import Batches
-from fcos_lite.data.coco import Examples
-from fcos_lite.data.images import Example
+from fcos_lite.data.example import Example, Examples
 from fcos_lite.data.tfrecord import (RecordBatches, RecordConfig, Records, ShardIndex, list_record_splits,
                                      read_train_val, verify_records, write_records)
 from fcos_lite.errors import InputError
@@ -324,10 +323,15 @@ def slow_scenes(): # 160 of them, in 40 shards
     return Examples([SlowExample(**vars(scene)) for scene in scenes], ("person",))
 
 def start_writing(out):
-    program = "import sys; sys.path.insert(0, 'tests/data'); from test_tfrecord import *; " \
-              "print(write_records(slow_scenes(), 'train2017', sys.argv[1], CONFIG, workers=2))"
+    program = """if True: # Keras takes seconds to import, and writes no record
+        import sys, types
+        sys.modules["keras"] = types.ModuleType("keras")
+        sys.modules["keras"].utils = types.SimpleNamespace(PyDataset=object)
+        sys.path.insert(0, "tests/data")
+        from test_tfrecord import CONFIG, slow_scenes, write_records
+        print(write_records(slow_scenes(), "train2017", sys.argv[1], CONFIG, workers=2))"""
     return subprocess.Popen([sys.executable, "-c", program, str(out)], cwd=ROOT, stdout=subprocess.PIPE, text=True,
-                            env={**os.environ, "KERAS_BACKEND": "numpy", "PYTHONPATH": str(ROOT)})
+                            env={**os.environ, "PYTHONPATH": str(ROOT)})
 
 @pytest.fixture(scope="session")
 def finished(tmp_path_factory):
@@ -433,7 +437,7 @@ def test_an_image_that_breaks_between_reading_and_writing(scenes, tmp_path):
     broken[5] = replace(scenes[5], image=tmp_path / "gone.jpg")
     broken[6] = replace(scenes[6], height=scenes[6].height + 1)
     said = message(lambda: write_records(broken, "train2017", tmp_path / "out", CONFIG, workers=1))
-    assert "gone.jpg" in said and "as annotated" not in said.splitlines()[0]
+    assert "gone.jpg" in said and "--max-bad-share" in said
     write_records(broken, "train2017", tmp_path / "out", CONFIG, max_bad_share=0.1)
     ids = [record.image_id for record in Records(tmp_path / "out", "train2017")]
     assert ids == [scene.image_id for i, scene in enumerate(scenes) if i not in (5, 6)]
