@@ -41,7 +41,7 @@ class Options:
     seed: int = 0 # of the scenes
     scenes: _Drawing = _Drawing()
 
-# %% ../../nbs/reference/evaluate/main.ipynb #f7342e1e
+# %% ../../nbs/reference/evaluate/main.ipynb #9a416663
 def _is_evaluation(folder): # a run has both files
     return (folder / "evaluation.json").is_file() and not (folder / "config.json").exists()
 
@@ -66,7 +66,8 @@ def main(argv=None):
     model = load_detector(options.weights)
     names = model.config.class_names
     if options.data:
-        examples = read_dataset(options.data, options.split, names, options.limit, options.max_bad_share)
+        examples = read_dataset(options.data, options.split, class_names=names, limit=options.limit,
+                                max_bad_share=options.max_bad_share)
         print(examples.report)
     else:
         world = World(**asdict(options.scenes) | {"size": model.config.image_size, "class_names": names})
