@@ -15,7 +15,7 @@ from ..errors import InputError, run_command
 from ..files import atomic_path, require_new_folder
 from ..scenes.scenes import World
 
-# %% ../../nbs/reference/evaluate/main.ipynb #18b76572
+# %% ../../nbs/reference/evaluate/main.ipynb #367c7b97
 @dataclass(frozen=True)
 class _Drawing(World):
     "The drawn scenes, used without --data."
@@ -26,7 +26,14 @@ class _Drawing(World):
 
 @dataclass(frozen=True)
 class Options:
-    "Measure how good a detector is, and see what it gets wrong."
+    """Measure how good a detector is, and see what it gets wrong.
+
+    examples:
+      fcos-lite evaluate --weights runs/first
+      fcos-lite evaluate --weights runs/first --data DIR --out measured
+
+    --out then holds evaluation.json (AP, AP50, AP75, APs, APm, APl, source_map75 as fractions), precision_recall.png,
+    worst.png (the largest false negatives, the false positives with the highest scores) and pictures/."""
     # folder of a run, a .weights.h5 file with its config.json beside it, or a name of shipped weights
     weights: str
     # photographs in the layout of COCO, YOLO or Pascal VOC; without it scenes are drawn
