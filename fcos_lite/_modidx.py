@@ -155,8 +155,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                     'fcos_lite/data/detections.py'),
                                            'fcos_lite.data.detections.display_score': ( 'reference/data/detections.html#display_score',
                                                                                         'fcos_lite/data/detections.py'),
-                                           'fcos_lite.data.detections.image_id_from_name': ( 'reference/data/detections.html#image_id_from_name',
-                                                                                             'fcos_lite/data/detections.py'),
                                            'fcos_lite.data.detections.to_detections': ( 'reference/data/detections.html#to_detections',
                                                                                         'fcos_lite/data/detections.py')},
             'fcos_lite.data.download': { 'fcos_lite.data.download._Archive': ( 'reference/data/download.html#_archive',
