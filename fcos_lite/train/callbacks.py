@@ -54,7 +54,7 @@ class TimeBudget(keras.callbacks.Callback):
         if self.first is None: self.first = min(self.spent, 0.99 * self.minutes)
         if self.left <= 0: self.model.stop_training = True
 
-# %% ../../nbs/reference/train/callbacks.ipynb #4f821a43
+# %% ../../nbs/reference/train/callbacks.ipynb #7ba234ef
 _EMA_METRICS = "val_loss", "val_cls", "AP", "AP50", "AP75", "source_map75" # what may be monitored
 
 def _validate(model, examples): # FCOS; sequence of Example -> {"val_loss": ..., "AP": ..., ...}
@@ -123,7 +123,7 @@ class EpochLogger(keras.callbacks.Callback):
         if self.evaluate_every and ((epoch + 1) % self.evaluate_every == 0 or is_last):
             row |= self._evaluate()
             note = self.update_best(row)
-            if self.patience_exhausted: flush_accumulation(self.model.optimizer) # the row tells of the weights before it
+            if self.patience_exhausted: flush_accumulation(self.model.optimizer) # the row is of the weights before it
         self._save("last")
         if self.has_ema: self._save("last-ema", use_ema=True)
         self.run.write_row(row)
@@ -141,18 +141,15 @@ class EpochLogger(keras.callbacks.Callback):
 
     def steps_left(self): return self.began + self.plans[self.current_stage].steps - self.step # of the stage
 
-    def minutes_left(self, seconds_per_step=None): # of the run
+    def minutes_left(self, seconds=None): # of a step -> of the run
         if self.clock: return max(0.0, self.clock.left)
-        if seconds_per_step is None:
-            seconds_per_step = (time.time() - self.started) / max(1, self.step - self.first_step)
-        steps = self.steps_left() + sum(plan.steps for plan in self.plans[self.current_stage + 1:])
-        return seconds_per_step * steps / 60
+        if seconds is None: seconds = (time.time() - self.started) / max(1, self.step - self.first_step)
+        return seconds * (self.steps_left() + sum(plan.steps for plan in self.plans[self.current_stage + 1:])) / 60
 
-    def _announce(self, seconds_per_step):
+    def _announce(self, seconds): # of a step
         "If the run takes long, say so before its first epoch has ended."
-        minutes = self.minutes_left(seconds_per_step)
-        if minutes > 30 and not self.clock:
-            self.run.log(f"{seconds_per_step:.2f} s a step: about {minutes:.0f} minutes without the evaluations")
+        minutes = self.minutes_left(seconds)
+        if minutes > 30 and not self.clock: self.run.log(f"{seconds:.2f} s a step: about {minutes:.0f} minutes")
 
     def _speed(self):
         rate = float(keras.ops.convert_to_numpy(self.model.optimizer.learning_rate))

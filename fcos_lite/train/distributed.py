@@ -5,56 +5,46 @@
 # %% auto #0
 __all__ = ['ProcessGroup', 'SharedCheckpoint']
 
-# %% ../../nbs/reference/train/distributed.ipynb #43da37d6
+# %% ../../nbs/reference/train/distributed.ipynb #8c8d6bf9
 import contextlib
 import hashlib
+import importlib
 import json
 import os
 import signal
-import socket
 import tempfile
-from importlib.metadata import version
 from pathlib import Path
 import keras
 import numpy as np
 from ..errors import InputError
 from .checkpoint import (LAST, Checkpoint, _StopRequest, deserialize, diff_identity, latest_checkpoint,
-                                        model_state, model_variables, serialize)
+                                        load_state, model_state, model_variables, serialize)
 
-# %% ../../nbs/reference/train/distributed.ipynb #3be4f43c
+# %% ../../nbs/reference/train/distributed.ipynb #a4a28b2f
 def _check_flags(count, index, coordinator):
-    "Raise `InputError` if several processes cannot be meant."
+    "Raise `InputError` unless the flags of several processes fit together."
     if count < 1: raise InputError(f"--processes {count}: give at least 1")
-    if index is not None and not 0 <= index < count:
+    if index is None and count > 1 or index is not None and not 0 <= index < count:
         raise InputError(f"--process-id {index}: with --processes {count} give a number from 0 to {count - 1}")
     if count == 1: return
     backend = keras.backend.backend()
     if backend != "jax":
         raise InputError(f"--processes {count}: several processes train on the JAX backend, and this is {backend}; "
                          "put KERAS_BACKEND=jax before the command")
-    if index is None: raise InputError(f"--processes {count}: say which of them this is: --process-id, 0 to {count - 1}")
     host, _, port = (coordinator or "").rpartition(":")
     if not (host and port.isdigit() and 0 < int(port) < 65536):
-        raise InputError(f"--coordinator {coordinator}: give HOST:PORT, the machine of process 0 and a free port there, "
-                         "for example 192.168.0.10:7474")
+        raise InputError(f"--coordinator {coordinator}: give HOST:PORT, the machine of process 0 and a free port of it")
 
 class ProcessGroup:
-    "The processes that train one model, as a context around all they do together; one process alone needs nothing."
+    "The processes that train one model, as a context around all they do together; for one process it does nothing."
     def __init__(self,
-        count=1,          # N, processes
-        index=None,       # which of them this is, 0 to N - 1
+        count=1, index=None, # N processes; which of them this is, 0 to N - 1
         coordinator=None, # HOST:PORT of process 0
-        seconds=300,      # to wait for the others at the start
+        seconds=300, # to wait for the others at the start
     ):
         _check_flags(count, index, coordinator)
-        self.count = count
-        self.index = index or 0
-        self.coordinator = coordinator
-        self.seconds = seconds
-        self.stopping = False
-
-    @property
-    def is_main(self): return self.index == 0
+        self.count, self.index, self.coordinator, self.seconds = count, index or 0, coordinator, seconds
+        self.is_main = self.index == 0
 
     def __str__(self): return f"process {self.index} of {self.count}"
 
@@ -65,25 +55,21 @@ class ProcessGroup:
             jax.distributed.initialize(self.coordinator, self.count, self.index, initialization_timeout=self.seconds,
                                        heartbeat_timeout_seconds=20, shutdown_timeout_seconds=60)
         except Exception as error:
-            raise InputError(f"{self} could not meet the others at --coordinator {self.coordinator} in {self.seconds} s "
-                             f"({_first_line(error)}); start all with the same --processes and --coordinator, a free "
-                             "port on the machine of process 0") from error
+            raise InputError(f"{self} could not meet the others at --coordinator {self.coordinator}; start all with "
+                             f"the same --processes and --coordinator ({str(error)[:200]})") from error
         self.temporary = tempfile.TemporaryDirectory(prefix="fcos_lite-")
         return self
 
     def __exit__(self, kind, error, trace):
         if self.count == 1: return
         self.temporary.cleanup()
-        lost = kind and any(word in str(error) for word in ("Gloo", "gloo", "NCCL", "UNAVAILABLE", "Connection", "coordination"))
+        lost = any(word in str(error) for word in ("Gloo", "gloo", "NCCL", "UNAVAILABLE", "Connection"))
         if lost and not isinstance(error, InputError):
-            raise InputError(f"{self} lost another process: it has ended, or its machine or network ({_first_line(error)}). "
-                             "To go on from the last checkpoint start all again with --resume") from error
+            raise InputError(f"{self} lost another process: it, its machine or its network has ended; to go on from "
+                             f"the last checkpoint start all again with --resume ({str(error)[:200]})") from error
 
-    def leave(self):
-        "End the work with the others; raises nothing if it has ended already."
-        if self.count == 1: return
-        import jax
-        jax.distributed.shutdown()
+    def leave(self): # before what process 0 does alone
+        if self.count > 1: importlib.import_module("jax").distributed.shutdown()
 
     def broadcast(self, data=b""): # bytes of process 0 -> the same bytes in all
         "Return what process 0 gives."
@@ -95,105 +81,80 @@ class ProcessGroup:
         return np.asarray(broadcast_one_to_all(buffer))[:size].tobytes()
 
     def folder(self, path, existing=False): # of a run, as the user calls it -> Path
-        "Return the run's folder; for all but process 0 a temporary one, with the config and checkpoint of an existing run."
+        "Return the run's folder; for all but process 0 a temporary one, with an existing run's config and checkpoint."
         if self.count == 1: return Path(path)
-        folder = Path(path) if self.is_main else Path(self.temporary.name)
-        for name in ("config.json", LAST) if existing else ():
-            file = latest_checkpoint(folder) if name == LAST else folder / name
-            data = self.broadcast(file.read_bytes() if self.is_main and file and file.is_file() else b"")
-            if data and not self.is_main: (folder / name).write_bytes(data)
+        place = self.broadcast(str(Path(path).resolve()).encode()).decode()
+        if not self.is_main: print(f"{self}: process 0 writes the run in {place} on its machine", flush=True)
+        folder = Path(path if self.is_main else self.temporary.name)
+        for file in (folder / "config.json", latest_checkpoint(folder) or folder / LAST) if existing else ():
+            data = self.broadcast(file.read_bytes() if self.is_main and file.is_file() else b"")
+            if data and not self.is_main: file.write_bytes(data)
         return folder
 
-    def announce(self, path): # of the run
-        "Print, in all but process 0, where the run is written."
-        place = self.broadcast(f"{Path(path).resolve()} on {socket.gethostname()}".encode()).decode()
-        if not self.is_main: print(f"{self}: the run is in {place}, written by process 0", flush=True)
-
     def shard(self, batch_size): # (i, n), as Batches takes it
-        "Return which part of each batch is this process's; raises `InputError` if the devices' parts are not equal."
-        devices = self.count
-        if keras.backend.backend() == "jax": devices = len(keras.distribution.list_devices())
+        "Return which part of each batch this process makes; raises `InputError` unless all devices get equally many."
+        devices = len(keras.distribution.list_devices()) if keras.backend.backend() == "jax" else self.count
         if batch_size % devices:
-            raise InputError(f"--batch-size {batch_size}: {devices} devices in {self.count} process(es) take equally many "
-                             f"images; give {max(1, round(batch_size / devices)) * devices}")
+            nearest = max(1, round(batch_size / devices)) * devices
+            raise InputError(f"--batch-size {batch_size}: {devices} devices share it equally; give {nearest}")
         return self.index, self.count
 
     def require_same(self, identity, model): # as `run_identity` returns it; with its initial weights
         "Raise `InputError` if this process was asked for another run than process 0."
         weights = hashlib.sha256(b"".join(array.tobytes() for array in model_state(model).values())).hexdigest()
-        versions = {name: version(name) for name in ("keras", "jax")} if self.count > 1 else {}
-        ours = {**identity, "initial": {"weights": weights, **versions}}
+        ours = {**identity, "initial": {"weights": weights, "keras": keras.__version__}}
         differences = diff_identity(json.loads(self.broadcast(json.dumps(ours).encode())), ours)
         if differences:
-            raise InputError(f"{self} was asked for another run than process 0: {'; '.join(differences)}; "
-                             "give all the same flags, data, --weights and versions")
+            raise InputError(f"{self} was asked for another run than process 0: {'; '.join(differences[:3])}")
 
     def stop_reached(self, step, requested): # micro-batches done; whether this process was asked to stop
-        "Return whether all processes stop after this step; JAX agrees on it after a SIGTERM in any of them."
+        "Return whether all processes stop after this step; after a SIGTERM in any of them JAX agrees on one."
         if self.count == 1: return requested
         from jax.experimental.multihost_utils import reached_preemption_sync_point
-        if requested and not self.stopping: os.kill(os.getpid(), signal.SIGTERM)
-        self.stopping = requested
+        if requested: os.kill(os.getpid(), signal.SIGTERM)
         return reached_preemption_sync_point(step)
 
-def _first_line(error): return str(error).strip().split("\n")[0][:200]
+# %% ../../nbs/reference/train/distributed.ipynb #982f3f2b
+@contextlib.contextmanager
+def _placed(model, distribution): # None: on one device
+    "Replicate the variables over all devices, or gather them on one, while the block runs."
+    before = keras.distribution.distribution()
+    try: yield _place(model, distribution)
+    finally: _place(model, before)
 
-# %% ../../nbs/reference/train/distributed.ipynb #a95a130e
-def _replicate(model):
-    "Put every variable on all devices of all processes."
+def _place(model, distribution):
     import jax
+    keras.distribution.set_distribution(distribution)
     mesh = jax.sharding.Mesh(np.array(jax.devices()), ("batch",))
     everywhere = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
-    for variable in model_variables(model).values():
-        if len(variable.value.sharding.device_set) > 1: continue
-        array = np.asarray(variable.value)
-        variable.assign(jax.make_array_from_callback(array.shape, everywhere, lambda index, array=array: array[index]))
-
-@contextlib.contextmanager
-def _distributed(model, distribution): # None: the model on one device
-    "Spread the model over all devices while the block runs, or gather it while the block runs."
-    before = keras.distribution.distribution()
-    def place(distribution):
-        keras.distribution.set_distribution(distribution)
-        if distribution: return _replicate(model)
-        for name, array in model_state(model).items(): model_variables(model)[name].assign(array)
-    place(distribution)
-    try: yield
-    finally: place(before)
+    for array, variable in zip(model_state(model).values(), model_variables(model).values()):
+        if distribution: array = jax.make_array_from_callback(array.shape, everywhere, array.__getitem__)
+        variable.assign(array)
 
 class _LocalCallbacks(keras.callbacks.Callback):
     "Call callbacks with the model on one device; what those of process 0 change holds in all processes."
     def __init__(self, group, callbacks): # ProcessGroup; as `fit` takes them
         super().__init__()
-        self.group = group
-        self.callbacks = callbacks
-
+        self.group, self.callbacks = group, callbacks
     def _call(self, event, *arguments):
         for callback in self.callbacks: getattr(callback, event)(*arguments)
 
     def _call_on_one_device(self, event, *arguments):
-        with _distributed(self.model, None):
+        with _placed(self.model, None):
             before = model_state(self.model)
             self._call(event, *arguments)
-            if self.group.count == 1: return
-            after = model_state(self.model)
-            changed = {name: array for name, array in after.items() if not np.array_equal(array, before[name], equal_nan=True)}
-            decision = self.group.broadcast(serialize({"stop": self.model.stop_training}, changed))
-            about, arrays = deserialize(decision, "process 0")
-            self.model.stop_training, variables = about["stop"], model_variables(self.model)
-            for name in changed.keys() | arrays.keys(): variables[name].assign(arrays.get(name, before[name]))
+            changed = {name: array for name, array in model_state(self.model).items()
+                       if not np.array_equal(array, before[name], equal_nan=True)}
+            data = self.group.broadcast(serialize({"stop": self.model.stop_training}, changed))
+            about, arrays = deserialize(data, "process 0")
+            self.model.stop_training = about["stop"]
+            load_state(self.model, before | arrays, "process 0")
 
-    def set_model(self, model):
-        super().set_model(model)
-        for callback in self.callbacks: callback.set_model(model)
+    def on_train_begin(self, logs=None):
+        self._call("set_model", self.model)
+        self._call("on_train_begin", logs)
 
-    def set_params(self, params):
-        super().set_params(params)
-        for callback in self.callbacks: callback.set_params(params)
-
-    def on_train_begin(self, logs=None): self._call("on_train_begin", logs)
     def on_train_end(self, logs=None): self._call_on_one_device("on_train_end", logs)
-    def on_train_batch_begin(self, batch, logs=None): self._call("on_train_batch_begin", batch, logs)
     def on_epoch_begin(self, epoch, logs=None): self._call_on_one_device("on_epoch_begin", epoch, logs)
     def on_epoch_end(self, epoch, logs=None): self._call_on_one_device("on_epoch_end", epoch, logs)
 
@@ -210,14 +171,14 @@ class SharedCheckpoint(Checkpoint):
         if group.count > 1: self.request = _StopRequest((signal.SIGINT,)) # SIGTERM is JAX's
 
     def fit_model(self, data, callbacks, **arguments):
-        devices = keras.distribution.list_devices() if keras.backend.backend() == "jax" else [0]
-        if len(devices) == 1: return super().fit_model(data, callbacks, **arguments)
-        mesh = keras.distribution.DataParallel(devices=devices, auto_shard_dataset=False)
-        with _distributed(self.model, mesh):
+        devices = keras.distribution.list_devices() if keras.backend.backend() == "jax" else []
+        if len(devices) < 2: return super().fit_model(data, callbacks, **arguments)
+        with _placed(self.model, keras.distribution.DataParallel(devices=devices, auto_shard_dataset=False)):
             super().fit_model(data, [_LocalCallbacks(self.group, callbacks[:-1]), self], **arguments)
 
     def stop_requested(self): return self.group.stop_reached(self.step, bool(self.request.number))
 
     def on_epoch_begin(self, epoch, logs=None):
         super().on_epoch_begin(epoch, logs)
-        if keras.distribution.distribution(): _replicate(self.model) # `fit` has reset the metrics
+        distribution = keras.distribution.distribution()
+        if distribution: _place(self.model, distribution) # `fit` has reset the metrics

@@ -46,8 +46,8 @@ def _load_donor(model, path): # FCOS that gets the weights; a .weights.h5 file -
     "Load the detector that weights belong to; without a config.json it has the same classes."
     configs, shapes = read_config(path), Counter(tuple(array.shape) for array in model.weights)
     if not configs and stored_shapes(path) != shapes:
-        raise InputError(f"{path}: its arrays are not those of this model, and no config.json beside it says what they are; "
-                         "put the one of the run that made it there")
+        raise InputError(f"{path}: its arrays are not those of this model, and no config.json beside it says what they "
+                         "are; put the one of the run that made it there")
     donor = FCOS(configs[0] if configs else model.config)
     load_weights(donor, path)
     mismatches = find_mismatches(replace(donor.config, class_names=model.config.class_names), shapes, model)
@@ -66,9 +66,9 @@ def transfer_weights(
     path = find_weights(name)
     donor = _load_donor(model, path)
     layer, names, stored_names = model.heads.classes, model.config.class_names, donor.config.class_names
-    initializers = layer.kernel_initializer, layer.bias_initializer
-    values = [_copy_shared_classes(initializer(array.shape), stored, names, stored_names)
-              for initializer, array, stored in zip(initializers, layer.weights, donor.heads.classes.get_weights(), strict=True)]
+    new = [layer.kernel_initializer(layer.kernel.shape), layer.bias_initializer(layer.bias.shape)]
+    stored = donor.heads.classes.get_weights()
+    values = [_copy_shared_classes(*arrays, names, stored_names) for arrays in zip(new, stored, strict=True)]
     own = {id(array) for array in layer.weights}
     pairs = [pair for pair in zip(model.weights, donor.weights, strict=True) if id(pair[0]) not in own]
     for array, stored in pairs: array.assign(stored)

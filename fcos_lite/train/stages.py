@@ -33,7 +33,7 @@ def reference_stages(
                        heads_lr_multiplier=values["finetune_rate_heads"] / values["finetune_rate_fpn"])
     return *stages, last
 
-# %% ../../nbs/reference/train/stages.ipynb #e1dd05e0
+# %% ../../nbs/reference/train/stages.ipynb #998ff6be
 class StagePlan(NamedTuple):
     "A stage on the images at hand."
     index: int          # counted from 0
@@ -74,7 +74,8 @@ def plan_stages(
         first, last = stage.images or (0, count)
         if last > count:
             remedy = f"end it at {count}" + ("" if first < count else ", or leave it out")
-            raise InputError(f"stage {index + 1}: images {first}:{last}, and there are only {count:,} to learn from; {remedy}")
+            raise InputError(f"stage {index + 1}: images {first}:{last}, and there are only {count:,} to learn from; "
+                             f"{remedy}")
         if last - first < recipe.batch_size:
             where = f"stage {index + 1}: " if recipe.stages else ""
             raise InputError(f"{where}{last - first} images are fewer than one batch: "
