@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['RunConfig', 'Options', 'train_detector', 'main']
 
-# %% ../../nbs/reference/train/main.ipynb #cb8a89c7
+# %% ../../nbs/reference/train/main.ipynb #07e10bd4
 import dataclasses
 import json
 import sys
@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Literal
 import tyro
 from ..commands import parse_command
-from ..config import MODELS, RECIPES, REFERENCE, SCRATCH_RECIPE, ModelConfig, TrainConfig
+from ..config import MODELS, RECIPES, REFERENCE, SCRATCH_RECIPE, ModelConfig, TrainConfig, from_json
 from ..errors import InputError, run_command
 from ..files import folder_lock
 from ..scenes.scenes import World
@@ -79,9 +79,8 @@ class Options:
     training: TrainConfig = SCRATCH_RECIPE
     world: _Drawing = _Drawing()
 
-# %% ../../nbs/reference/train/main.ipynb #3f9a2787
+# %% ../../nbs/reference/train/main.ipynb #18de45c2
 _PER_START = ("resume", "processes", "process_id", "coordinator", "gpu_memory_limit") # may differ when a run is resumed
-_GROUPS = ("run", "network", "training", "world")
 
 def _parse(words, begun=None): # list; Options of the run that is resumed -> Options
     "Parse the flags, with the presets' values or those of the resumed run as defaults."
@@ -95,22 +94,18 @@ def _parse(words, begun=None): # list; Options of the run that is resumed -> Opt
 
 def _command(options): # {option: value}
     "Return what config.json keeps of the options, beside the model and the recipe."
-    values = dataclasses.asdict(options)
-    groups = {name: values.pop(name) for name in _GROUPS}
-    for name in ("size", "class_names"): del groups["world"][name] # the model's
-    return values | groups["run"] | groups["world"]
-
-def _restore(kind, values): # dataclass; {field: value} -> an instance
-    names = {field.name for field in dataclasses.fields(kind)} & values.keys()
-    return kind(**{name: tuple(values[name]) if isinstance(values[name], list) else values[name] for name in names})
+    return {name: value for name, value in dataclasses.asdict(options).items() if name not in ("network", "training")}
 
 def _resume(run, words): # Run; list -> Options
     "Return the options that a run was begun with; raises `InputError` if a flag says otherwise."
     network, training, command = run.read_config()
-    begun = dataclasses.replace(_restore(Options, command), run=_restore(RunConfig, command), network=network,
-                                training=training, world=_restore(_Drawing, command))
+    groups = {name: from_json(kind, command.get(name, {})) for name, kind in (("run", RunConfig), ("world", _Drawing))}
+    begun = from_json(Options, command | groups | {"network": network, "training": training})
     options = _parse(words, dataclasses.replace(begun, stage=()))
-    def flat(options): return _command(options) | dataclasses.asdict(options.network) | options.training.flat()
+    def flat(options):
+        values = dataclasses.asdict(options)
+        world, run, network, _ = [values.pop(name) for name in ("world", "run", "network", "training")]
+        return values | world | run | network | options.training.flat()
     before, after = flat(begun), flat(options)
     for name in before:
         if name in (*_PER_START, "stage") or before[name] == after[name]: continue
@@ -147,7 +142,7 @@ def _load_data(options): # two sequences of Example
         return read_train_val(options.records, network, options.limit, fraction)
     return _draw_scenes(options)
 
-# %% ../../nbs/reference/train/main.ipynb #53541363
+# %% ../../nbs/reference/train/main.ipynb #0b5eb421
 def _learn(run, train, validation, tracking, *, network, recipe, config, group): # -> TrainableFCOS
     "Train through all stages, from where the run's folder stands."
     import keras
@@ -172,10 +167,10 @@ def _learn(run, train, validation, tracking, *, network, recipe, config, group):
     if not latest_checkpoint(run.path):
         if config.backbone_weights: load_pretrained_backbone(model, config.backbone_weights)
         if config.weights: run.log(str(transfer_weights(model, config.weights)))
+    parameters, accumulation = model.count_params(), recipe.optimizer.gradient_accumulation_steps
+    memory = estimate_memory(network, parameters, recipe.batch_size, model_precision(model), accumulation)
     duration = f"{config.minutes:g} minutes in steps" if clock else f"{sum(plan.steps for plan in plans):,} steps"
-    memory = estimate_memory(network, model.count_params(), recipe.batch_size, model_precision(model),
-                             recipe.optimizer.gradient_accumulation_steps)
-    run.log(f"{model.count_params():,} parameters, {len(train):,} images, {duration} of {recipe.batch_size}, "
+    run.log(f"{parameters:,} parameters, {len(train):,} images, {duration} of {recipe.batch_size}, "
             f"about {memory / 1e9:.1f} GB")
     empty = levels_without_boxes(network, recipe.targets)
     if empty: run.log(f"note: no box of these images can be assigned to {', '.join(empty)}; see --level-areas")
@@ -207,11 +202,11 @@ def _learn(run, train, validation, tracking, *, network, recipe, config, group):
 
 def _run_training(run, train, validation, **how): # how: network, recipe, config, group -> FCOS
     "Train in the folder of a run, and evaluate its best weights."
-    config, group = how["config"], how["group"]
-    run.is_quiet = not group.is_main
     from fcos_lite.detector.weights import load_weights
     from fcos_lite.evaluate.evaluator import evaluate
     from fcos_lite.train.tracking import Tracking
+    config, group = how["config"], how["group"]
+    run.is_quiet = not group.is_main
     try:
         with folder_lock(run.path), Tracking(run, config.mlflow if group.is_main else None) as tracking:
             for examples in (train, validation):
@@ -220,16 +215,14 @@ def _run_training(run, train, validation, **how): # how: network, recipe, config
             group.leave() # what remains is done by process 0 alone
             if not group.is_main: return model
             load_weights(model, run.path / "best.weights.h5")
-            if not config.evaluate_every:
-                run.log(f"not evaluated; fcos-lite evaluate --weights {run.path} does it")
-                return model
-            report = evaluate(model, validation, run.path)
-            metrics = ", ".join(f"{name} {report[name]:.3f}" for name in ("AP", "AP50", "AP75", "source_map75"))
-            run.log(f"{metrics} on {report['images']} images; all of it in {run.path}")
+            report = evaluate(model, validation, run.path) if config.evaluate_every else {}
+            text = ", ".join(f"{name} {report[name]:.3f}" for name in ("AP", "AP50", "AP75", "source_map75") if report)
+            text += f" on {report['images']} images" if report else "not evaluated; fcos-lite evaluate does it"
+            run.log(f"{text}; all of it in {run.path}")
             return model
     finally: run.roll_back() # whatever ended it before it began
 
-# %% ../../nbs/reference/train/main.ipynb #9d4f6c9d
+# %% ../../nbs/reference/train/main.ipynb #460e9a4a
 def train_detector(
     train, validation, # sequences of Example
     out,               # the run's folder, to be made
@@ -247,12 +240,12 @@ def train_detector(
     from fcos_lite.train.run import Run
     from fcos_lite.train.stages import plan_stages
     validate_pretrained(network, config.backbone_weights)
-    if config.minutes is not None and len(plan_stages(recipe, len(train))) > 1:
+    if len(plan_stages(recipe, len(train))) > 1 and config.minutes is not None:
         raise InputError("--minutes: a time budget is for one stage; leave out --minutes, or the stages "
                          "(--epochs N is one stage)")
     group = group or ProcessGroup()
     run = Run.create(group.folder(out), force)
-    run.write_config(network, recipe, command or dataclasses.asdict(config))
+    run.write_config(network, recipe, command or {"run": dataclasses.asdict(config)})
     return _run_training(run, train, validation, network=network, recipe=recipe, config=config, group=group)
 
 # %% ../../nbs/reference/train/main.ipynb #6fb28205

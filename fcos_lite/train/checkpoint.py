@@ -156,7 +156,7 @@ class Stopped(KeyboardInterrupt):
     "A run was asked to stop and has saved everything; its process should exit with `code`."
     code = 128 + signal.SIGINT # as shells do
 
-# %% ../../nbs/reference/train/checkpoint.ipynb #fb10039d
+# %% ../../nbs/reference/train/checkpoint.ipynb #60788c8d
 class Checkpoint(keras.callbacks.Callback):
     "Keep the state of a run in its folder, and go on from there. Callbacks list in `counters` the attributes to keep."
     def __init__(self,
@@ -173,14 +173,8 @@ class Checkpoint(keras.callbacks.Callback):
     ):
         super().__init__()
         self.set_model(model)
-        self.folder = Path(folder)
-        self.batches = batches
-        self.identity = identity
-        self.every_seconds = every_seconds
-        self.every_steps = every_steps
-        self.epoch_seconds = epoch_seconds
-        self.log = log
-        self.stage = stage
+        self.folder, self.batches, self.identity, self.log, self.stage = Path(folder), batches, identity, log, stage
+        self.every_seconds, self.every_steps, self.epoch_seconds = every_seconds, every_steps, epoch_seconds
         self.request = _StopRequest()
         self.epoch = 0      # done, of the whole run
         self.batch = 0      # done, of this epoch

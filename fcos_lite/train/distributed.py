@@ -5,10 +5,9 @@
 # %% auto #0
 __all__ = ['ProcessGroup', 'SharedCheckpoint']
 
-# %% ../../nbs/reference/train/distributed.ipynb #8c8d6bf9
+# %% ../../nbs/reference/train/distributed.ipynb #52623d00
 import contextlib
 import hashlib
-import importlib
 import json
 import os
 import signal
@@ -20,7 +19,7 @@ from ..errors import InputError
 from .checkpoint import (LAST, Checkpoint, _StopRequest, deserialize, diff_identity, latest_checkpoint,
                                         load_state, model_state, model_variables, serialize)
 
-# %% ../../nbs/reference/train/distributed.ipynb #a4a28b2f
+# %% ../../nbs/reference/train/distributed.ipynb #64a77215
 def _check_flags(count, index, coordinator):
     "Raise `InputError` unless the flags of several processes fit together."
     if count < 1: raise InputError(f"--processes {count}: give at least 1")
@@ -44,7 +43,7 @@ class ProcessGroup:
     ):
         _check_flags(count, index, coordinator)
         self.count, self.index, self.coordinator, self.seconds = count, index or 0, coordinator, seconds
-        self.is_main = self.index == 0
+        self.is_main, self.leave = self.index == 0, lambda: None # `leave` comes before what process 0 does alone
 
     def __str__(self): return f"process {self.index} of {self.count}"
 
@@ -57,7 +56,7 @@ class ProcessGroup:
         except Exception as error:
             raise InputError(f"{self} could not meet the others at --coordinator {self.coordinator}; start all with "
                              f"the same --processes and --coordinator ({str(error)[:200]})") from error
-        self.temporary = tempfile.TemporaryDirectory(prefix="fcos_lite-")
+        self.temporary, self.leave = tempfile.TemporaryDirectory(prefix="fcos_lite-"), jax.distributed.shutdown
         return self
 
     def __exit__(self, kind, error, trace):
@@ -67,9 +66,6 @@ class ProcessGroup:
         if lost and not isinstance(error, InputError):
             raise InputError(f"{self} lost another process: it, its machine or its network has ended; to go on from "
                              f"the last checkpoint start all again with --resume ({str(error)[:200]})") from error
-
-    def leave(self): # before what process 0 does alone
-        if self.count > 1: importlib.import_module("jax").distributed.shutdown()
 
     def broadcast(self, data=b""): # bytes of process 0 -> the same bytes in all
         "Return what process 0 gives."

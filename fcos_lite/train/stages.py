@@ -33,7 +33,7 @@ def reference_stages(
                        heads_lr_multiplier=values["finetune_rate_heads"] / values["finetune_rate_fpn"])
     return *stages, last
 
-# %% ../../nbs/reference/train/stages.ipynb #998ff6be
+# %% ../../nbs/reference/train/stages.ipynb #6fe25a27
 class StagePlan(NamedTuple):
     "A stage on the images at hand."
     index: int          # counted from 0
@@ -50,8 +50,8 @@ class StagePlan(NamedTuple):
         epochs, optimizer = self.recipe.epochs, self.recipe.optimizer
         name = f" ({self.stage.name})" if self.stage.name else ""
         text = f"stage {self.index + 1}{name}: images {self.images.start:,} to {self.images.stop:,}, "
-        text += f"{epochs} epochs of {self.steps // epochs:,} steps, learning rate {optimizer.learning_rate:g}"
-        if not self.stage.constant: text += f" to {optimizer.min_learning_rate:g}"
+        text += f"{epochs} epochs of {self.steps // epochs:,} steps, "
+        text += f"learning rate {optimizer.learning_rate:g} to {optimizer.min_learning_rate:g}"
         multipliers = optimizer.fpn_lr_multiplier, optimizer.heads_lr_multiplier
         if multipliers != (1, 1): text += f", times {multipliers[0]:g} (fpn) and {multipliers[1]:g} (heads)"
         return f"{text}, frozen: {', '.join(self.stage.freeze)}" if self.stage.freeze else text

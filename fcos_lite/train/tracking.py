@@ -90,7 +90,7 @@ def compare_runs(folders): # matplotlib figure
         figure.legend([plt.Line2D([], [], **look) for _, look in runs], labels, loc="outside lower left")
     return figure
 
-# %% ../../nbs/reference/train/tracking.ipynb #6154eccc
+# %% ../../nbs/reference/train/tracking.ipynb #e263cf17
 def _git_revision(file): # 40 hexadecimal digits, with -dirty if files were changed; None outside a checkout
     "Return the git revision that tracks a file; a checkout that does not track it tells nothing."
     def git(*words):
@@ -104,15 +104,14 @@ def _git_revision(file): # 40 hexadecimal digits, with -dirty if files were chan
 def _environment(): # {name: text}
     "Return where, when and with what a run began, and a unique id."
     backend = keras.backend.backend()
-    values = {"run": os.urandom(8).hex(), "began": time.strftime("%Y-%m-%d %H:%M:%S %z"),
-              "git": _git_revision(fcos_lite.__file__), "fcos_lite": fcos_lite.__version__,
-              "python": platform.python_version(), "keras": keras.__version__,
-              "backend": f"{backend} {importlib.import_module(backend).__version__}",
-              "devices": ", ".join(keras.distribution.list_devices()),
-              "machine": f"{platform.node()}, {platform.platform()}, {os.cpu_count()} CPU cores"}
-    return {name: value for name, value in values.items() if value}
+    return {"run": os.urandom(8).hex(), "began": time.strftime("%Y-%m-%d %H:%M:%S %z"),
+            "git": _git_revision(fcos_lite.__file__) or "no checkout", "fcos_lite": fcos_lite.__version__,
+            "python": platform.python_version(), "keras": keras.__version__,
+            "backend": f"{backend} {importlib.import_module(backend).__version__}",
+            "devices": ", ".join(keras.distribution.list_devices()) or "CPU",
+            "machine": f"{platform.node()}, {platform.platform()}, {os.cpu_count()} CPU cores"}
 
-# %% ../../nbs/reference/train/tracking.ipynb #fb26f552
+# %% ../../nbs/reference/train/tracking.ipynb #c25630b0
 # MLflow would retry a silent server for minutes, log pages of traceback, and report its usage
 _MLFLOW_ENV = {"MLFLOW_DISABLE_TELEMETRY": "true", "MLFLOW_LOGGING_LEVEL": "CRITICAL",
                "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1", "MLFLOW_HTTP_REQUEST_TIMEOUT": "5"}
@@ -120,9 +119,8 @@ _SQLITE = "sqlite:///"
 
 def _tracking_uri(uri, folder): # as `Tracking` takes it; of the run -> URI or None
     "Return where MLflow writes; raises `InputError` for its file store."
-    if uri is None: return None
     if uri == "local": return f"{_SQLITE}{Path(folder).resolve().parent / 'mlflow.db'}"
-    if "://" not in uri or uri.startswith("file:"):
+    if uri and ("://" not in uri or uri.startswith("file:")):
         raise InputError(f"--mlflow {uri}: MLflow's file store does not survive an interrupted run; "
                          "give local, sqlite:///FILE.db, or the http://HOST:PORT of a server")
     return uri

@@ -89,7 +89,7 @@ def test_a_run_to_be_replaced_comes_back_if_the_new_one_is_refused(flags, tmp_pa
 
 def test_a_resumed_run_that_is_asked_for_something_else_is_refused_untouched(tmp_path):
     run = Run.create(tmp_path / "run")
-    run.write_config(ModelConfig(image_size=64), SCRATCH_RECIPE, {"scenes": 9, "seed": 5, "evaluate_every": 0})
+    run.write_config(ModelConfig(image_size=64), SCRATCH_RECIPE, {"scenes": 9, "run": {"seed": 5, "evaluate_every": 0}})
     before = (run.path / "config.json").read_bytes()
     # also what a new run has by default, as it was typed
     for flag in ("--tower-depth 2", "--data elsewhere", "--epochs 5", "--seed 0", "--evaluate-every 1"):

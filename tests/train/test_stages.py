@@ -114,7 +114,7 @@ def lives(home):
 
     config, before = json.loads((killed / "config.json").read_text()), files(killed)
     seen["refused"] = {}
-    changes = {"another model": {"model": {"class_prior": 0.1}}, "other images": {"command": {"seed": 1}},
+    changes = {"another model": {"model": {"class_prior": 0.1}}, "other images": {"command": {"run": {"seed": 1}}},
                "other stages": {"recipe": {"stages": []}}}
     for name, change in changes.items():
         changed = {part: fields | change.get(part, {}) for part, fields in config.items()}
