@@ -142,7 +142,7 @@ def _load_data(options): # two sequences of Example
         return read_train_val(options.records, network, options.limit, fraction)
     return _draw_scenes(options)
 
-# %% ../../nbs/reference/train/main.ipynb #0b5eb421
+# %% ../../nbs/reference/train/main.ipynb #47e74140
 def _learn(run, train, validation, tracking, *, network, recipe, config, group): # -> TrainableFCOS
     "Train through all stages, from where the run's folder stands."
     import keras
@@ -191,8 +191,7 @@ def _learn(run, train, validation, tracking, *, network, recipe, config, group):
         start_stage(model, plan, by_clock=clock is not None)
         logger.current_stage = plan.index
         checkpoint = SharedCheckpoint(group, run.path, model, batches, identity, log=run.log, stage=plan.index,
-                                      every_seconds=config.checkpoint_seconds,
-                                      epoch_seconds=min(10, config.checkpoint_seconds))
+                                      every_seconds=config.checkpoint_seconds)
         guard = NonFiniteGuard(run.path, batches, plan.recipe, log=run.log)
         callbacks = [guard, *([clock] if clock else []), logger, tracking]
         epochs = 1_000_000 if clock else plan.recipe.epochs

@@ -23,7 +23,7 @@ from ..files import atomic_write
 from ..scenes.scenes import Scenes
 from .run import resumable
 
-# %% ../../nbs/reference/train/checkpoint.ipynb #604987e1
+# %% ../../nbs/reference/train/checkpoint.ipynb #1b6a935d
 def model_variables(model): # {name: keras.Variable}
     "Return every variable that a training step reads or writes; the optimizer must be built."
     owners = {"model": model.variables, "metrics": model.metrics_variables,
@@ -36,11 +36,7 @@ def model_state(model): # {name: array}
     if keras.backend.backend() == "jax": model.jax_state_sync() # its `fit` keeps the values elsewhere
     return {name: keras.ops.convert_to_numpy(variable) for name, variable in model_variables(model).items()}
 
-def load_state(
-    model,  # keras.Model, compiled, its optimizer built
-    arrays, # {name: array}, as `model_state` returns them
-    path,   # what an error calls them
-):
+def load_state(model, arrays, path): # compiled model; as `model_state` returns them; what an error calls them
     "Restore model, optimizer and metrics; raises `InputError` if names or shapes differ."
     variables = model_variables(model)
     differences = diff_identity({"shape": {name: array.shape for name, array in arrays.items()}},
@@ -50,15 +46,12 @@ def load_state(
                          "resume with the model, recipe and precision that the run began with")
     for name, variable in variables.items(): variable.assign(arrays[name])
 
-# %% ../../nbs/reference/train/checkpoint.ipynb #03d2f6e4
+# %% ../../nbs/reference/train/checkpoint.ipynb #46fec239
 LAST, PREVIOUS = "checkpoint.npz", "checkpoint-previous.npz"
 _FORMAT = 1 # another number, another meaning
 _CHECKSUM_BYTES = 64
 
-def serialize(
-    about,  # dictionary that JSON can hold
-    arrays, # {name: array}
-): # bytes of a checkpoint
+def serialize(about, arrays): # dictionary that JSON can hold; {name: array} -> bytes of a checkpoint
     "Return a checkpoint's content, with its checksum at the end."
     file = io.BytesIO()
     np.savez(file, about=np.array(json.dumps({"format": _FORMAT, **about}, default=float)), **arrays)
@@ -77,9 +70,7 @@ def deserialize(data, path): # bytes; what an error calls them -> about, {name: 
                          "resume with the version that the run began with")
     return about, arrays
 
-def read_checkpoint(path): # about, {name: array}
-    "Read a checkpoint; raises `InputError` if it is damaged."
-    return deserialize(Path(path).read_bytes(), path)
+def read_checkpoint(path): return deserialize(Path(path).read_bytes(), path) # about, {name: array}
 
 def latest_checkpoint(folder): # Path of a checkpoint, or None
     "Return the checkpoint to go on from."
@@ -156,7 +147,7 @@ class Stopped(KeyboardInterrupt):
     "A run was asked to stop and has saved everything; its process should exit with `code`."
     code = 128 + signal.SIGINT # as shells do
 
-# %% ../../nbs/reference/train/checkpoint.ipynb #60788c8d
+# %% ../../nbs/reference/train/checkpoint.ipynb #e76ae7a5
 class Checkpoint(keras.callbacks.Callback):
     "Keep the state of a run in its folder, and go on from there. Callbacks list in `counters` the attributes to keep."
     def __init__(self,
@@ -165,16 +156,15 @@ class Checkpoint(keras.callbacks.Callback):
         batches,  # Batches, to learn from
         identity, # as `run_identity` returns it
         *,
-        every_seconds=300,    # between two checkpoints
+        every_seconds=300,    # between two checkpoints; an epoch that ends sooner than 10 s after one makes none
         every_steps=math.inf, # micro-batches between two checkpoints
-        epoch_seconds=0,      # no checkpoint for an epoch that ends sooner after one, except the last
         log=print,            # takes a line
         stage=0,              # index; each but the first begins with the weights that the one before ends with
     ):
         super().__init__()
         self.set_model(model)
         self.folder, self.batches, self.identity, self.log, self.stage = Path(folder), batches, identity, log, stage
-        self.every_seconds, self.every_steps, self.epoch_seconds = every_seconds, every_steps, epoch_seconds
+        self.every_seconds, self.every_steps, self.epoch_seconds = every_seconds, every_steps, min(10, every_seconds)
         self.request = _StopRequest()
         self.epoch = 0      # done, of the whole run
         self.batch = 0      # done, of this epoch
@@ -256,8 +246,8 @@ class Checkpoint(keras.callbacks.Callback):
     def on_train_batch_end(self, batch, logs=None):
         self.batch += 1
         if self.batch == len(self.batches): return # the epoch's end follows, and saves
-        steps, seconds = self.step - self.saved_step, time.monotonic() - self.saved
-        self._finish_step(steps >= self.every_steps or seconds >= self.every_seconds)
+        seconds = time.monotonic() - self.saved
+        self._finish_step(seconds >= self.every_seconds or self.step - self.saved_step >= self.every_steps)
 
     def on_epoch_end(self, epoch, logs=None):
         self.epoch, self.batch, self.done = epoch + 1, 0, self.model.stop_training

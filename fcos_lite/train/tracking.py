@@ -23,15 +23,14 @@ from .run import read_metrics
 from ..visualize.drawing import PALETTE
 from ..visualize.plots import style
 
-# %% ../../nbs/reference/train/tracking.ipynb #169b23e8
+# %% ../../nbs/reference/train/tracking.ipynb #480959d7
 _LOSS_COLORS = {"loss": PALETTE[7], "cls": PALETTE[0], "ltrb": PALETTE[1], "centerness": PALETTE[2]}
 
 def _read_config(folder): # {"model": {field: value}, "recipe": ..., "command": ...}, without groups
     "Read a run's `config.json`; raises `InputError` if it is missing or not whole."
     def flatten(fields): # {field: value or group}
-        flat = {}
-        for name, value in fields.items(): flat |= flatten(value) if isinstance(value, dict) else {name: value}
-        return flat
+        groups = [flatten(value) if isinstance(value, dict) else {name: value} for name, value in fields.items()]
+        return dict(pair for group in groups for pair in group.items())
     file = Path(folder) / "config.json"
     try: return {part: flatten(fields) for part, fields in json.loads(file.read_text(encoding="utf-8")).items()}
     except (OSError, ValueError, AttributeError):
@@ -47,10 +46,8 @@ def _draw(panels, height): # {name of an axis: [(rows, column, look of the line)
                 points = [(row["epoch"], row[column]) for row in rows if row.get(column, -1) >= 0]
                 if points: axes.plot(*zip(*points), marker="o", markersize=2.5 if len(points) < 40 else 0, **look)
             axes.set(xlabel="epoch", ylabel=name, ylim=(None if name.startswith("loss") else 0, None))
-            axes.locator_params(axis="x", integer=True, nbins=6)
             if not axes.lines: axes.text(0.5, 0.5, "not measured", transform=axes.transAxes, ha="center")
-            elif len(axes.get_legend_handles_labels()[1]) > 1:
-                axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=4)
+            if axes.get_legend_handles_labels()[1]: axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=4)
     return figure
 
 def plot_run(folder): # matplotlib figure
