@@ -6,10 +6,10 @@ export TF_CPP_MIN_LOG_LEVEL ?= 3
 # COCO is a folder in COCO's layout: train2017/, val2017/, annotations/. person-gpu installs JAX with CUDA
 COCO ?= coco
 MINUTES ?= 14
-PERSON := $(BIN)/python -u -m fcos_lite.train --coco $(COCO) --recipe long --image-size 384 --scale-init 1 --ltrb-bias 0 --in-memory
+PERSON := $(BIN)/python -u -m fcos_lite.train --data $(COCO) --recipe long --image-size 384 --scale-init 1 --ltrb-bias 0 --in-memory
 ON_GPU := KERAS_BACKEND=jax $(PERSON) --precision mixed_bfloat16 --workers 8 --evaluate-every 0
 
-.PHONY: setup demo test test-slow prepare docs bench person person-gpu person-rehearsal clean
+.PHONY: setup demo test test-slow prepare docs lab bench person person-gpu person-rehearsal clean
 
 setup: .venv/installed
 
@@ -37,10 +37,14 @@ test-slow: setup
 prepare: setup
 	$(BIN)/nbdev-export && $(BIN)/nbdev-test --save --n-workers 2 && $(BIN)/nbdev-clean && $(BIN)/python tests/settle.py
 	$(BIN)/jupyter nbconvert --to markdown nbs/index.ipynb --output-dir . --output README --log-level WARN
-	sed -i.bak -E -e '1,/^```$$/s/^```$$/```python/' -e '/^```$$/N' -e '/^```\n#\| echo: false/,/^```/d' -e 's#\]\((images/|tutorials/|[0-9])#](nbs/\1#g' -e 's#\]\(\.\./#](#g' README.md && cat -s README.md > README.md.bak && mv README.md.bak README.md
+	sed -i.bak -E -e '1,/^```$$/s/^```$$/```python/' -e '/^```$$/N' -e '/^```\n#\| echo: false/,/^```/d' -e 's#\]\((images/|tutorials/|book/|reference/)#](nbs/\1#g' -e 's#\]\(\.\./#](#g' README.md && cat -s README.md > README.md.bak && mv README.md.bak README.md
 
 docs: setup
 	$(BIN)/mkdocs build
+
+lab: setup
+	$(BIN)/python -m pip install --quiet jupyterlab
+	$(BIN)/jupyter lab nbs/book
 
 bench: setup
 	$(BIN)/python bench/run.py
@@ -52,12 +56,12 @@ person-gpu: setup
 	$(BIN)/python -m pip install --quiet --editable ".[jax_cuda]"
 	$(BIN)/python -c "import jax, sys; jax.default_backend() == 'gpu' or sys.exit('person-gpu: JAX sees no GPU here; on a CPU take: make person')"
 	$(ON_GPU) --minutes $(MINUTES) --out runs/person-gpu
-	$(BIN)/python -m fcos_lite.evaluate --weights runs/person-gpu --coco $(COCO) --out runs/person-gpu-evaluation
+	$(BIN)/python -m fcos_lite.evaluate --weights runs/person-gpu --data $(COCO) --out runs/person-gpu-evaluation
 
 person-rehearsal: setup
 	$(PERSON) --limit 64 --batch-size 8 --epochs 1 --out runs/rehearsal-cpu --force
 	$(ON_GPU) --limit 64 --batch-size 8 --image-size 64 --minutes 2 --out runs/rehearsal-gpu --force
-	$(BIN)/python -m fcos_lite.evaluate --weights runs/rehearsal-gpu --coco $(COCO) --limit 64 --out runs/rehearsal-gpu-evaluation --force
+	$(BIN)/python -m fcos_lite.evaluate --weights runs/rehearsal-gpu --data $(COCO) --limit 64 --out runs/rehearsal-gpu-evaluation --force
 
 clean:
 	rm -rf .venv .venv-tfa _docs build dist *.egg-info

@@ -1,4 +1,6 @@
-"""A step of `python -m fcos_lite.train`, as the environment lets the C library's allocator be; run.py sets it to its habits in every other process. Prints one line of JSON."""
+"""A step of `python -m fcos_lite.train`, with the C library's allocator as the environment sets it.
+
+run.py sets it to its habits in every other process. Prints one line of JSON."""
 import argparse
 import contextlib
 import io
@@ -29,11 +31,17 @@ def main():
     parser.add_argument("--steps", type=int, default=20)
     a = parser.parse_args()
     watch, fit = Watch(), keras.Model.fit
-    keras.Model.fit = lambda self, *arguments, callbacks=(), **named: fit(self, *arguments, callbacks=[*callbacks, watch], **named)
-    keep_freed_memory()     # what the command does first; it stands back where the environment says otherwise
+    def watched(self, *arguments, callbacks=(), **named):
+        return fit(self, *arguments, callbacks=[*callbacks, watch], **named)
+    keras.Model.fit = watched
+    keep_freed_memory()     # what the command does first; it does nothing if the environment says otherwise
+    flags = f"--image-size {a.image_size} --scenes {8 * a.steps} --batch-size 8 --epochs 1 --evaluate-every 0".split()
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
-        train.main(["--image-size", str(a.image_size), "--scenes", str(8 * a.steps), "--batch-size", "8", "--epochs", "1", "--evaluate-every", "0", "--out", f"{folder}/run"])
-    seconds, ours, the_system, faults = zip(*([y - x for x, y in zip(before, after)] for before, after in zip(watch.rows[1:], watch.rows[2:])))
-    print(json.dumps({"seconds": statistics.median(seconds), "system": sum(the_system) / (sum(ours) + sum(the_system)), "faults": statistics.median(faults), "peak_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3}))
+        train.main([*flags, "--out", f"{folder}/run"])
+    pairs = zip(watch.rows[1:], watch.rows[2:])
+    seconds, user, system, faults = zip(*([y - x for x, y in zip(before, after)] for before, after in pairs))
+    print(json.dumps({"seconds": statistics.median(seconds), "system": sum(system) / (sum(user) + sum(system)),
+                      "faults": statistics.median(faults),
+                      "peak_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3}))
 
 if __name__ == "__main__": main()
