@@ -86,6 +86,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                         'fcos_lite.data.batches.pad_boxes': ('book/data.html#pad_boxes', 'fcos_lite/data/batches.py')},
             'fcos_lite.data.coco': { 'fcos_lite.data.coco._check_entries': ( 'reference/data/coco.html#_check_entries',
                                                                              'fcos_lite/data/coco.py'),
+                                     'fcos_lite.data.coco._decode': ('reference/data/coco.html#_decode', 'fcos_lite/data/coco.py'),
                                      'fcos_lite.data.coco._drop_outlines': ( 'reference/data/coco.html#_drop_outlines',
                                                                              'fcos_lite/data/coco.py'),
                                      'fcos_lite.data.coco._entries': ('reference/data/coco.html#_entries', 'fcos_lite/data/coco.py'),

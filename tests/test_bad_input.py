@@ -1,10 +1,7 @@
 """What the commands train, detect and evaluate refuse, and how; what is wrong with a dataset is tested in tests/data."""
 import json
-import os
-import shutil
 import subprocess
 import sys
-import warnings
 from dataclasses import replace
 from pathlib import Path
 import numpy as np

@@ -4,7 +4,6 @@ import os
 import shutil
 import struct
 import zlib
-from pathlib import Path
 from xml.etree.ElementTree import Element, SubElement, tostring
 import numpy as np
 import pytest

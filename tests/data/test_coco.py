@@ -185,9 +185,9 @@ def test_key_points_roboflow_and_names_without_a_year(coco):
     "The annotations may have other names; outlines and key points are not kept in memory."
     before = read_dataset(coco, "train2017")
     rewrite(coco, lambda document: document["annotations"][0].update(segmentation=[[1, 2, 3, 4, 5, 6]], keypoints=[1, 2, 2]))
-    for file in ("annotations/person_keypoints_train2017.json", "train2017/_annotations.coco.json"):
-        (instances(coco) if instances(coco).exists() else previous).rename(coco / file)
-        previous = coco / file
+    file = instances(coco)
+    for name in ("annotations/person_keypoints_train2017.json", "train2017/_annotations.coco.json"):
+        file = file.rename(coco / name)
         same(before, read_dataset(coco, "train2017"))
     (coco / "train2017").rename(coco / "train")
     same(before, read_dataset(coco, "train2017"))
