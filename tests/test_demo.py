@@ -1,22 +1,26 @@
-"""The demo, from its command to its pictures: with a tiny network on a few scenes; and, slow, as a user runs it."""
+"""The demo, from its command to its images: with a tiny network on a few scenes; and, slow, as a user runs it."""
 import json
 import sys
-import cv2
 import pytest
+from PIL import Image
 from fcos_lite import demo
-from fcos_lite.train import __main__ as train
 
-SMALL = ("--stem-filters 8 --stem-groups 2 --backbone-filters 8 8 8 8 --backbone-blocks 1 1 1 1 --backbone-groups 4 --pyramid-channels 16 --pyramid-groups 4 "
-         "--tower-depth 1 --tower-channels 16 --tower-groups 4 --scenes 16 --epochs 2 --evaluate-every 2").split()
-LEFT = ["evaluation.json", "metrics.csv", "log.txt", "config.json", "best.weights.h5", "detected.png", "worst.png", "precision_recall.png", "detected/detections.json", "detected/grace_hopper.jpg", "detected/scene9.jpg"]
+SMALL = ("--stem-filters 8 --stem-groups 2 --backbone-filters 8 8 8 8 --backbone-blocks 1 1 1 1 --backbone-groups 4 "
+         "--pyramid-channels 16 --pyramid-groups 4 --tower-depth 1 --tower-channels 16 --tower-groups 4 "
+         "--scenes 16 --epochs 2 --evaluate-every 2").split()
+LEFT = ("evaluation.json metrics.csv log.txt config.json best.weights.h5 detected.png worst.png precision_recall.png "
+        "detected/detections.json detected/grace_hopper.jpg detected/scene9.jpg").split()
 
-def check_what_is_left(out, said, images):
+def check_what_is_left(out, printed, images):
     for name in LEFT: assert (out / name).is_file(), name
     assert json.loads((out / "evaluation.json").read_text())["images"] == images
-    assert cv2.imread(str(out / "detected.png")) is not None and any((out / "pictures").iterdir())
-    assert f"on {images} unseen scenes" in said and str(out / "detected.png") in said
+    assert Image.open(out / "detected.png").size == (5 * 288 + 16, 2 * 288 + 4) and any((out / "pictures").iterdir())
+    assert f"on {images} unseen scenes" in printed and str(out / "detected.png") in printed
+    found = json.loads((out / "detected" / "detections.json").read_text())
+    assert len(found) == 11 and [box["class"] for box in found[next(name for name in found if "grace" in name)]] == ["person"]
+    assert "1 detection\nperson 0.6" in printed
 
-def test_the_demo_leaves_its_numbers_and_pictures(tmp_path, monkeypatch, capsys):
+def test_the_demo_leaves_its_numbers_and_images(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(demo, "FLAGS", [*demo.FLAGS, *SMALL])
     demo.main(["--out", str(tmp_path / "demo")])
     check_what_is_left(tmp_path / "demo", capsys.readouterr().out, 16)
@@ -27,16 +31,16 @@ def test_the_demo_learns_its_scenes(tmp_path, capsys):
     check_what_is_left(tmp_path / "demo", capsys.readouterr().out, 100)
     assert json.loads((tmp_path / "demo" / "evaluation.json").read_text())["AP50"] >= 0.80
 
-@pytest.mark.parametrize("module, begin", [(train, "run_with"), (demo, "train.main")], ids=["train", "demo"])
-def test_only_a_process_of_its_own_is_set_up(module, begin, monkeypatch, tmp_path):
-    "What concerns the whole process is for the command, not for somebody who calls `main` with flags."
-    class Begun(Exception): pass
-    def begun(*_): raise Begun
+def test_only_a_process_of_its_own_is_set_up(monkeypatch, tmp_path):
+    "What concerns the whole process is for the command, not for a caller of `main` with flags."
+    class Started(Exception): pass
+    def start(*_): raise Started
     done, flags = [], ["--out", str(tmp_path / "run")]
-    for name in ("keep_freed_memory", "run_as_traced"): monkeypatch.setattr(module, name, lambda name=name: done.append(name))
-    monkeypatch.setattr(f"{module.__name__}.{begin}", begun)
+    for name in ("keep_freed_memory", "disable_grappler"):
+        monkeypatch.setattr(demo, name, lambda name=name: done.append(name))
+    monkeypatch.setattr(demo.train, "main", start)
     monkeypatch.setattr(sys, "argv", ["command", *flags])
-    with pytest.raises(Begun): module.main(flags)
+    with pytest.raises(Started): demo.main(flags)
     assert done == []
-    with pytest.raises(Begun): module.main()
-    assert done == ["keep_freed_memory", "run_as_traced"]
+    with pytest.raises(Started): demo.main()
+    assert done == ["keep_freed_memory", "disable_grappler"]

@@ -27,7 +27,7 @@ def display_score(
         raise InputError(f"display {display!r}: choose one of {', '.join(_DISPLAYS)}")
     return np.asarray(score) ** (1 / _DISPLAYS[display])
 
-# %% ../../nbs/reference/data/detections.ipynb #d97c3eb0
+# %% ../../nbs/reference/data/detections.ipynb #36877570
 _CSV_COLUMNS = ("name", "frame", "time", "class", "score", "left", "top", "right", "bottom")
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -134,7 +134,8 @@ class Detections:
         category_ids=None, # one a class; None: 1, 2, 3, ...
     ): # [{"image_id", "category_id", "bbox", "score"}]; x, y, width, height in pixels
         "Return COCO results; raises `InputError` without an image id."
-        image_id = image_id_from_name(self.name) if image_id is None else image_id
+        stem = Path(self.name).stem
+        if image_id is None and stem.isascii() and stem.isdigit(): image_id = int(stem)
         if image_id is None:
             raise InputError(f"{self.name}: COCO results need a number for each image, "
                              "and this name is not a number; give image_id")
@@ -156,12 +157,6 @@ class Detections:
         return supervision.Detections(
             xyxy=np.asarray(self.xyxy, np.float32).reshape(-1, 4), confidence=np.asarray(self.score, np.float32),
             class_id=np.asarray(self.label, int), data={"class_name": np.array(self.names(), dtype=str)})
-
-# %% ../../nbs/reference/data/detections.ipynb #0220b634
-def image_id_from_name(name): # int, or None
-    "Return the id in a file's name if it is a number, as in COCO."
-    stem = Path(name).stem
-    return int(stem) if stem.isascii() and stem.isdigit() else None
 
 # %% ../../nbs/reference/data/detections.ipynb #7030f2c1
 def to_detections(

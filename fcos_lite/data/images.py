@@ -131,14 +131,14 @@ def rotate_exif(
     return np.stack([x.min(-1), y.min(-1), x.max(-1), y.max(-1)], -1)
 
 # %% ../../nbs/reference/data/images.ipynb #1dfeb1e1
-_SUFFIXES = {suffix for suffix, name in Image.registered_extensions().items() if name in _FORMATS}
-
 def find_images(folder): # [Path], sorted
     "List all images of a folder and of the folders in it."
     files = Path(folder).rglob("[!.]*")
-    return sorted(file for file in files if file.suffix.lower() in _SUFFIXES)
+    return sorted(file for file in files if file.suffix.lower() in IMAGE_SUFFIXES)
 
 # %% ../../nbs/reference/data/images.ipynb #73ed2c17
+IMAGE_SUFFIXES = {suffix for suffix, name in Image.registered_extensions().items() if name in _FORMATS}
+
 def image_ids(files): # [int]
     "Return the numbers that files are named by, if each has one of its own; else 1, 2, 3, ..."
     stems = [file.stem for file in files]

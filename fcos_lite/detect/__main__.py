@@ -14,10 +14,8 @@ import tyro
 from ..commands import parse_command, typed_flags
 from ..config import CAMERA_NMS, NMS_PRESETS, NMSConfig
 from .sources import find_sources
-from .stream import stream
 from .viewer import Window, display_stream, find_screen
 from .writers import ResultWriter
-from ..detector.model import FCOS
 from ..errors import InputError, run_command
 
 # %% ../../nbs/reference/detect/main.ipynb #5623e8d1
@@ -81,7 +79,7 @@ def _log_sources(results, counts, display): # yields Detections
         counts[name] = counts.get(name, 0) + len(detections)
         yield detections.displayed(display)
 
-# %% ../../nbs/reference/detect/main.ipynb #93ccfcd1
+# %% ../../nbs/reference/detect/main.ipynb #3d553846
 def main(argv=None): # StreamStatistics
     "Run `python -m fcos_lite.detect`; Ctrl-C ends it as a key does, and finishes what is being written."
     options = parse_command(Options, argv, "detect")
@@ -92,14 +90,14 @@ def main(argv=None): # StreamStatistics
     out = options.out or (None if live and screen else Path("detected"))
     if out and out.exists() and not options.force:
         raise InputError(f"--out {out}: exists already; choose another name, or add --force to write into it")
+    from fcos_lite.detector.model import FCOS # late, so that --help and refusals need not wait for TensorFlow
     model = FCOS.from_preset(options.weights)
     counts = {} # {name of a source: detections}
-    results = _log_sources(stream(model, sources, nms, options.batch_size, print), counts, options.display)
+    results = _log_sources(model.stream(sources, nms, options.batch_size, print), counts, options.display)
     writer = ResultWriter(out, options.save) if out else None
     window = Window(screen=screen) if screen else None
-    try:
-        record = writer.add if writer else None
-        statistics = display_stream(results, window, record, stamp=live, seconds=options.seconds)
+    record = writer.add if writer else None
+    try: statistics = display_stream(results, window, record, stamp=live, seconds=options.seconds)
     finally:
         if writer: writer.close()
         if window: window.close()

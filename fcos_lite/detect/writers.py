@@ -5,16 +5,16 @@
 # %% auto #0
 __all__ = ['ResultWriter']
 
-# %% ../../nbs/reference/detect/writers.ipynb #2096ba39
+# %% ../../nbs/reference/detect/writers.ipynb #994cbafb
 import itertools
 import json
 from pathlib import Path
-from ..data.detections import image_id_from_name
+from ..data.images import image_ids
 from .video import FALLBACK_FPS, VideoWriter
 from ..files import write_json
 from ..visualize.drawing import save_image
 
-# %% ../../nbs/reference/detect/writers.ipynb #d1bc1492
+# %% ../../nbs/reference/detect/writers.ipynb #d407c28c
 class ResultWriter:
     "Writes detections into a folder as they come."
     def __init__(self,
@@ -88,8 +88,7 @@ class ResultWriter:
         self._end_video()
         if self.images: write_json(self.out / "detections.json", self.images)
         if not self.coco: return
-        ids = [image_id_from_name(name) for name, _ in self.coco]
-        if None in ids or len(set(ids)) < len(ids): ids = range(1, len(ids) + 1)
+        ids = image_ids([Path(name) for name, _ in self.coco])
         results = [{**row, "image_id": number} for number, (_, rows) in zip(ids, self.coco) for row in rows]
         write_json(self.out / "coco_results.json", results)
         images = [{"id": number, "file_name": name} for number, (name, _) in zip(ids, self.coco)]
