@@ -75,7 +75,7 @@ class Options:
     training: TrainConfig = SCRATCH_RECIPE
     world: _Drawing = _Drawing()
 
-# %% ../../nbs/reference/train/main.ipynb #18de45c2
+# %% ../../nbs/reference/train/main.ipynb #7fc8d6db
 _PER_START = ("resume", "processes", "process_id", "coordinator", "gpu_memory_limit") # may differ when a run is resumed
 
 def _parse(words, begun=None): # list; Options of the run that is resumed -> Options
@@ -97,7 +97,9 @@ def _resume(run, words): # Run; list -> Options
     network, training, command = run.read_config()
     groups = {name: from_json(kind, command.get(name, {})) for name, kind in (("run", RunConfig), ("world", _Drawing))}
     begun = from_json(Options, command | groups | {"network": network, "training": training})
-    options = _parse(words, dataclasses.replace(begun, stage=()))
+    options = _parse(words, dataclasses.replace(begun, stage=(), training=training.change(stages=())))
+    if not options.stage:
+        options = dataclasses.replace(options, training=options.training.change(stages=training.stages))
     def flat(options):
         values = dataclasses.asdict(options)
         world, run, network, _ = [values.pop(name) for name in ("world", "run", "network", "training")]
