@@ -19,15 +19,14 @@ from ..errors import InputError, run_command
 from ..files import folder_lock
 from ..scenes.scenes import World
 
-# %% ../../nbs/reference/train/main.ipynb #2cc0f8db
+# %% ../../nbs/reference/train/main.ipynb #2e5d801c
 @dataclass(frozen=True)
 class RunConfig:
     "How a run is carried out."
     seed: int = 0 # the same seed repeats a run bit for bit on a CPU
     # of the convolutions; None: mixed_float16 on a GPU, else float32
     precision: Literal["float32", "mixed_float16", "mixed_bfloat16"] | None = None
-    # initial weights: a shipped name such as person, the folder of a run, or a .weights.h5 file;
-    # classes of other names are initialised anew
+    # initial weights: a shipped name, a run's folder or a .weights.h5 file; classes of other names are initialised anew
     weights: str | None = None
     backbone_weights: str | None = None # with --backbone: imagenet, or a .weights.h5 file
     evaluate_every: int = 1 # epochs between evaluations; 0: none, not even at the end
@@ -54,11 +53,8 @@ class Options:
     examples:
       fcos-lite train
       fcos-lite train --data DIR --image-size 256 --epochs 3 --out runs/first
-      fcos-lite train --data DIR --recipe reference
       fcos-lite train --data DIR --stage "images=0:10000 epochs=30" --stage "epochs=10 freeze=fpn"
-      fcos-lite train --resume runs/first
-
-    The run's folder holds config.json, metrics.csv, log.txt, best and last weights, evaluation.json and pictures/."""
+      fcos-lite train --resume runs/first"""
     data: tuple[str, ...] = () # folder of a dataset in COCO, YOLO or Pascal VOC layout, or several in COCO's
     records: str | None = None # in place of --data: folder written by fcos-lite data write
     scenes: int = 2000 # scenes to learn from, if scenes are drawn
@@ -79,7 +75,7 @@ class Options:
     training: TrainConfig = SCRATCH_RECIPE
     world: _Drawing = _Drawing()
 
-# %% ../../nbs/reference/train/main.ipynb #18de45c2
+# %% ../../nbs/reference/train/main.ipynb #7fc8d6db
 _PER_START = ("resume", "processes", "process_id", "coordinator", "gpu_memory_limit") # may differ when a run is resumed
 
 def _parse(words, begun=None): # list; Options of the run that is resumed -> Options
@@ -101,7 +97,9 @@ def _resume(run, words): # Run; list -> Options
     network, training, command = run.read_config()
     groups = {name: from_json(kind, command.get(name, {})) for name, kind in (("run", RunConfig), ("world", _Drawing))}
     begun = from_json(Options, command | groups | {"network": network, "training": training})
-    options = _parse(words, dataclasses.replace(begun, stage=()))
+    options = _parse(words, dataclasses.replace(begun, stage=(), training=training.change(stages=())))
+    if not options.stage:
+        options = dataclasses.replace(options, training=options.training.change(stages=training.stages))
     def flat(options):
         values = dataclasses.asdict(options)
         world, run, network, _ = [values.pop(name) for name in ("world", "run", "network", "training")]
@@ -114,7 +112,7 @@ def _resume(run, words): # Run; list -> Options
                          f"leave it out, or begin another run with --weights {options.resume}")
     return options
 
-# %% ../../nbs/reference/train/main.ipynb #ce5f832a
+# %% ../../nbs/reference/train/main.ipynb #43254248
 def _draw_scenes(options): # two sequences of Example
     "Return scenes to learn from and a hundred others to validate on."
     from fcos_lite.data.example import Examples
@@ -131,8 +129,6 @@ def _draw_scenes(options): # two sequences of Example
 def _load_data(options): # two sequences of Example
     "Return what is learned from and what is validated on."
     if options.data and options.records: raise InputError("--data and --records: give one of them")
-    if options.limit is not None and options.limit < 1:
-        raise InputError(f"--limit {options.limit}: give at least 1 image")
     network, fraction = options.network, options.training.validation_fraction
     if options.data:
         from fcos_lite.data.datasets import load_train_val
@@ -221,10 +217,9 @@ def _run_training(run, train, validation, **how): # how: network, recipe, config
             return model
     finally: run.roll_back() # whatever ended it before it began
 
-# %% ../../nbs/reference/train/main.ipynb #460e9a4a
+# %% ../../nbs/reference/train/main.ipynb #79fd8638
 def train_detector(
-    train, validation, # sequences of Example
-    out,               # the run's folder, to be made
+    train, validation, out, # sequences of Example; the run's folder, to be made
     *,
     network=REFERENCE,     # ModelConfig
     recipe=SCRATCH_RECIPE, # TrainConfig

@@ -46,10 +46,9 @@ def load_state(model, arrays, path): # compiled model; as `model_state` returns 
                          "resume with the model, recipe and precision that the run began with")
     for name, variable in variables.items(): variable.assign(arrays[name])
 
-# %% ../../nbs/reference/train/checkpoint.ipynb #46fec239
+# %% ../../nbs/reference/train/checkpoint.ipynb #9095b1c0
 LAST, PREVIOUS = "checkpoint.npz", "checkpoint-previous.npz"
-_FORMAT = 1 # another number, another meaning
-_CHECKSUM_BYTES = 64
+_FORMAT, _CHECKSUM_BYTES = 1, 64 # another format, another meaning
 
 def serialize(about, arrays): # dictionary that JSON can hold; {name: array} -> bytes of a checkpoint
     "Return a checkpoint's content, with its checksum at the end."

@@ -47,10 +47,10 @@ def read_metrics(
     try: return [{name: float(value) for name, value in zip(header, line) if value} for line in lines]
     except ValueError as error: raise InputError(f"{file}: {error}; remove that line") from None
 
-# %% ../../nbs/reference/train/run.ipynb #c5e7c084
-_COLUMNS = ("epoch", "stage", "step", "loss", "cls", "ltrb", "centerness",
-            "val_loss", "val_cls", "val_ltrb", "val_centerness", "AP", "AP50", "AP75", "source_map75",
-            "learning_rate", "images_per_second", "memory_mb", "overflows")
+# %% ../../nbs/reference/train/run.ipynb #2ea1f6c9
+_COLUMNS = ("epoch", "stage", "step", "loss", "cls", "ltrb", "centerness", "val_loss", "val_cls", "val_ltrb",
+            "val_centerness", "AP", "AP50", "AP75", "source_map75", "learning_rate", "images_per_second", "memory_mb",
+            "overflows")
 
 class Run:
     "The folder of one training run."

@@ -33,7 +33,7 @@ def reference_stages(
                        heads_lr_multiplier=values["finetune_rate_heads"] / values["finetune_rate_fpn"])
     return *stages, last
 
-# %% ../../nbs/reference/train/stages.ipynb #4959db60
+# %% ../../nbs/reference/train/stages.ipynb #ebb180b2
 class StagePlan(NamedTuple):
     "A stage on the images at hand."
     index: int          # counted from 0
@@ -49,9 +49,9 @@ class StagePlan(NamedTuple):
     def __str__(self):
         epochs, optimizer = self.recipe.epochs, self.recipe.optimizer
         name = f" ({self.stage.name})" if self.stage.name else ""
-        text = f"stage {self.index + 1}{name}: images {self.images.start:,} to {self.images.stop:,}, "
-        text += f"{epochs} epochs of {self.steps // epochs:,} steps, "
-        text += f"learning rate {optimizer.learning_rate:g} to {optimizer.min_learning_rate:g}"
+        text = f"stage {self.index + 1}{name}: images {self.images.start:,} to {self.images.stop:,}, {epochs} epochs "
+        rates = f"{optimizer.learning_rate:g} to {optimizer.min_learning_rate:g}"
+        text += f"of {self.steps // epochs:,} steps, learning rate {rates}"
         multipliers = optimizer.fpn_lr_multiplier, optimizer.heads_lr_multiplier
         if multipliers != (1, 1): text += f", times {multipliers[0]:g} (fpn) and {multipliers[1]:g} (heads)"
         return f"{text}, frozen: {', '.join(self.stage.freeze)}" if self.stage.freeze else text

@@ -157,12 +157,11 @@ def _sync(run, uri, status): # Run; URI; RUNNING, or how it ended: FINISHED, FAI
         client.log_artifact(run_id, str(file), "/".join(file.relative_to(run.path).parts[:-1]))
     client.set_terminated(run_id, status)
 
-# %% ../../nbs/reference/train/tracking.ipynb #25affbb7
+# %% ../../nbs/reference/train/tracking.ipynb #0e0cf3fb
 _REMEDIES = {"locked": "end the program that holds it", "not a database": "move it away, and a new one is made",
              "malformed": "move it away, and a new one is made", "is full": "make room", "No space": "make room",
              "unable to open": "make its folder, and check that you may write there",
-             "out-of-date": "run mlflow db upgrade on a copy", "API request": "start the server, or go without",
-             "": "see its documentation"}
+             "API request": "start the server, or go without", "": "see the documentation of MLflow"}
 
 class Tracking(keras.callbacks.Callback):
     "Write environment.json and show a run in MLflow: a context around the run, and a callback after `EpochLogger`."
