@@ -57,62 +57,6 @@ def message(call):
     with pytest.raises(InputError) as stopped: call()
     return str(stopped.value)
 
-@pytest.mark.parametrize("flags, needles", [
-    (["--image-size", "100"], ["image_size 100", "multiple of 32", "nearest is 96"]),
-    (["--class-names", "peson"], ["no category 'peson'", "choose from person"]),
-    (["--limit", "0"], ["limit 0", "at least 1"]),
-    (["--batch-size", "0"], ["batch_size 0", "at least 1"]),
-    (["--weights", "nowhere.weights.h5"], ["nowhere.weights.h5", "no such"]),
-], ids=lambda value: value[0] if isinstance(value, list) else value)
-def test_flags_that_cannot_be_used(flags, needles, coco, monkeypatch):
-    monkeypatch.chdir(coco.parent)
-    said = message(lambda: train_on(coco, *flags))
-    for needle in needles: assert needle in said
-
-@pytest.mark.parametrize("flags", [["--image-size", "large"], ["--no-such-flag"], ["--model", "huge"], ["--batch-size"]], ids=" ".join)
-def test_flags_that_are_none_exit_with_2(flags, coco, capsys):
-    with pytest.raises(SystemExit) as stopped: train_on(coco, *flags)
-    assert stopped.value.code == 2 and flags[0] in capsys.readouterr().err
-
-def test_an_output_folder_that_exists_is_not_touched(coco):
-    out = coco.parent / "run"
-    out.mkdir()
-    (out / "diary.txt").write_text("mine")
-    for flags in ([], ["--force"]):
-        said = message(lambda: train_on(coco, *flags))
-        assert f"--out {out}" in said and ("--force" in said)
-    assert (out / "diary.txt").read_text() == "mine"
-    (coco.parent / "file").write_text("")
-    assert "choose a folder" in message(lambda: train.main(["--coco", str(coco), "--out", str(coco.parent / "file"), *FLAGS]))
-
-@pytest.mark.parametrize("flags", [["--weights", "nowhere.weights.h5"], ["--minutes", "0"], ["--mlflow", "mlruns"]], ids=lambda flags: flags[0])
-def test_a_run_that_is_to_be_replaced_is_back_where_the_new_one_is_refused(flags, coco):
-    out = coco.parent / "run"
-    out.mkdir()
-    for name in ("config.json", "best.weights.h5"): (out / name).write_text("weeks of work")
-    message(lambda: train_on(coco, "--force", *flags))
-    assert {file.name: file.read_text() for file in out.iterdir()} == dict.fromkeys(("config.json", "best.weights.h5"), "weeks of work")
-    assert sorted(path.name for path in coco.parent.iterdir() if "run" in path.name) == ["run"]
-
-@pytest.mark.parametrize("flags, name", [(["--tower-depth", "2"], "tower-depth"), (["--coco", "elsewhere"], "coco"), (["--scenes", "10"], "scenes"), (["--epochs", "5"], "epochs"),
-                                         (["--seed", "0"], "seed"), (["--recipe", "scratch"], "recipe"), (["--evaluate-every", "1"], "evaluate-every")], ids=lambda value: value if isinstance(value, str) else "")   # what a fresh run has by default is asked for, too
-def test_a_resume_that_asks_for_something_else_is_refused_and_nothing_is_touched(flags, name, tmp_path):
-    run = train.Run.create(tmp_path / "run")
-    run.write_config(ModelConfig(**SMALL), SCRATCH_RECIPE, {"scenes": 9, "epochs": 3, "seed": 5, "recipe": "source", "evaluate_every": 0})
-    before = (run.path / "config.json").read_bytes()
-    said = message(lambda: train.main(["--resume", str(run.path), *flags]))
-    assert f"--{name} says otherwise" in said and f"--weights {run.path}" in said
-    assert [path.name for path in run.path.iterdir()] == ["config.json"] and (run.path / "config.json").read_bytes() == before
-
-def test_a_resume_may_say_what_the_run_was_asked_for():
-    wishes = train.typed(["--resume", "run", "--scenes", "9", "--epochs", "3", "--processes", "2", "--seed", "0"])
-    assert wishes == {"resume": "run", "scenes": 9, "epochs": 3, "processes": 2, "seed": 0}
-    train.check_wishes("run", wishes, {"scenes": 9, "epochs": 3})
-
-def test_a_run_that_is_refused_leaves_no_folder(coco):
-    message(lambda: train_on(coco, "--weights", "nowhere.weights.h5"))
-    assert not (coco.parent / "run").exists()
-
 @pytest.fixture(scope="session")
 def weights(tmp_path_factory):
     "The folder of a run, with a small network that has learned nothing."
@@ -121,14 +65,6 @@ def weights(tmp_path_factory):
     FCOS(network).save_weights(folder / "best.weights.h5")
     (folder / "config.json").write_text(json.dumps({"network": {**SMALL, "class_names": ["person"]}, "recipe": {}, "run": {}}))
     return folder
-
-def test_weights_of_another_shape_say_what_differs(weights, coco):
-    said = message(lambda: train_on(coco, "--tower-channels", "32", "--weights", str(weights)))
-    assert "best.weights.h5" in said and "network" in said and "tower_channels" in said and "begin without weights" in said
-    torn = coco.parent / "torn.weights.h5"
-    torn.write_bytes((weights / "best.weights.h5").read_bytes()[:5000])
-    said = message(lambda: train_on(coco, "--weights", str(torn), "--out", str(coco.parent / "other")))
-    assert "torn.weights.h5" in said and "fetch or make it again" in said
 
 def test_detecting_skips_what_is_no_picture_and_says_so(weights, coco, capsys):
     cut(coco)
@@ -168,25 +104,3 @@ def broken_inside(path):
 def command(module, *arguments, **how):
     return subprocess.run([sys.executable, "-m", f"fcos_lite.{module}", *map(str, arguments)], cwd=ROOT, capture_output=True, text=True, timeout=600, **how)
 
-def test_exit_codes_of_real_commands(weights, coco):
-    cut(coco)
-    stopped = [command("train", "--coco", coco, "--out", coco.parent / "run", *FLAGS), command("train", "--image-size", "100"),
-               command("detect", coco.parent / "gone.jpg", "--weights", weights, "--out", coco.parent / "out")]
-    for done, needle in zip(stopped, ("1 of 8 images", "image_size 100", "gone.jpg")):
-        assert done.returncode == 2 and needle in done.stderr and "Traceback" not in done.stderr, done.stderr
-        assert done.stderr.count("error: ") == 1
-
-def test_training_goes_on_past_a_few_bad_ones_and_reports_them(tmp_path):
-    "Of 120 pictures one is cut off and one is broken inside, one box is NaN: each below 1 %, so the run ends well, and says what it left out."
-    folder, scenes = tmp_path / "coco", list(Scenes(124, seed=0, world=replace(WORLD, empty_share=0.1)))
-    write_coco(folder, "train2017", scenes[:120], WORLD.class_names)
-    write_coco(folder, "val2017", scenes[120:], WORLD.class_names)
-    rewrite(folder, lambda d: d["annotations"][-1].update(bbox=[float("nan"), 1, 2, 3]))   # not of the first picture, whose boxes go with it
-    cut(folder)
-    broken_inside(pictures(folder)[7])
-    done = command("train", "--coco", folder, "--out", tmp_path / "run", *FLAGS, "--epochs", "1", "--batch-size", "17")   # 7 batches hold all 119
-    assert done.returncode == 0, done.stderr
-    assert "Traceback" not in done.stderr
-    assert "1 skipped: image that cannot be read; first: " in done.stdout and "1 skipped: box with NaN" in done.stdout
-    assert "000000000008.jpg: " in done.stderr and "grey image takes its place" in done.stderr
-    assert (tmp_path / "run" / "best.weights.h5").is_file()
