@@ -1,7 +1,7 @@
-"""Images a second, ready for the training step: from our records, from the reference's, and from the JPEG files themselves.
+"""Images a second, ready for the training step: from our records, the reference's, and the JPEG files.
 
-Also against the time of the step, and records written. The images are scenes of 640 x 480 with grain in them, for a drawn
-surface is too easy to compress. Prints one line of JSON.
+Also against the time of the step, and records written. The images are scenes of 640 x 480 with grain
+in them, for a drawn surface is too easy to compress. Prints one line of JSON.
 """
 import argparse
 import json
@@ -95,7 +95,8 @@ def measure(config, batch_size, steps, passes, rounds):
             "write_reference": write_reference}
         for way in ways.values(): way()                      # once, for what is compiled
         seconds = dict(zip(ways, in_turns(ways.values(), rounds)))
-    images = dict.fromkeys(ways, passes * count) | {"step": batch_size, "write": len(few), "write_reference": len(few)}
+    images = dict.fromkeys(ways, passes * count)
+    images |= {"step": batch_size, "write": len(few), "write_reference": len(few)}
     speed = {name: images[name] / seconds[name] for name in ways}
     return {"batch_size": batch_size, "images": count,
             "per_second": {name: round(value, 2) for name, value in speed.items()},
@@ -110,7 +111,7 @@ def main():
     parser.add_argument("--image-size", type=int, required=True)
     parser.add_argument("--batch-size", type=int, required=True)
     parser.add_argument("--steps", type=int, default=24, help="batches in one measurement (default: %(default)s)")
-    parser.add_argument("--passes", type=int, default=8, help="epochs in one measurement, for tf.data takes a while to begin")
+    parser.add_argument("--passes", type=int, default=8, help="epochs in one measurement (default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=5, help="measurements (default: %(default)s)")
     parser.add_argument("--tiny", action="store_true", help="a tiny network, to rehearse")
     options = parser.parse_args()

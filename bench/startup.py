@@ -1,7 +1,7 @@
-"""Reading and checking a COCO folder: seconds of the processor and peak memory, in a fresh process for each size. Prints rows.
+"""Reading and checking a COCO folder: seconds of the processor and peak memory, in a fresh process each.
 
-The annotations have 7 boxes an image. The images are hard links to a few JPEG files of one pixel: their size, orientation and
-last bytes are read as those of photographs are, only that the disk brings less.
+The annotations have 7 boxes an image. The images are hard links to a few JPEG files of one pixel: their
+size, orientation and last bytes are read as those of photographs are, only that the disk brings less.
 
 python bench/startup.py            (writes its rows into results.json)
 """
@@ -34,10 +34,12 @@ def write_folder(folder, images):
     for number in range(images * BOXES):
         x, y, w, h = (round(rng.uniform(1, SIDE / 2), 2) for _ in range(4))
         outline = [[x, y, x + w, y, x + w, y + h, x, y + h]]
-        annotations.append({"segmentation": outline, "area": round(w * h, 4), "iscrowd": 0, "image_id": number // BOXES,
-                            "bbox": [x, y, w, h], "category_id": 1 + number % 80, "id": number})
-    document = {"images": [{"id": i, "file_name": f"{i:012d}.jpg", "width": SIDE, "height": SIDE} for i in range(images)],
-                "annotations": annotations, "categories": [{"id": i, "name": f"class {i}"} for i in range(1, 81)]}
+        annotations.append({"segmentation": outline, "area": round(w * h, 4), "iscrowd": 0,
+                            "image_id": number // BOXES, "bbox": [x, y, w, h],
+                            "category_id": 1 + number % 80, "id": number})
+    entries = [{"id": i, "file_name": f"{i:012d}.jpg", "width": SIDE, "height": SIDE} for i in range(images)]
+    categories = [{"id": i, "name": f"class {i}"} for i in range(1, 81)]
+    document = {"images": entries, "annotations": annotations, "categories": categories}
     (folder / "annotations/instances_train2017.json").write_text(json.dumps(document))
 
 def measure(folder):
@@ -66,8 +68,8 @@ def main():
             command = [sys.executable, __file__, "--folder", folder]
             row = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
         rows[str(images)] = row
-        each = 1000 * row["seconds"] / images
-        print(f"| {images:,} | {row['boxes']:,} | {row['seconds']:.1f} | {each:.2f} | {row['gigabytes']:.2f} |", flush=True)
+        cells = f"{row['seconds']:.1f} | {1000 * row['seconds'] / images:.2f} | {row['gigabytes']:.2f}"
+        print(f"| {images:,} | {row['boxes']:,} | {cells} |", flush=True)
     if options.rehearse: return
     path = HERE / "results.json"
     results = json.loads(path.read_text(encoding="utf-8"))

@@ -56,20 +56,20 @@ def hold_out(
     held[chosen] = True
     return _subset(examples, np.flatnonzero(held)), _subset(examples, np.flatnonzero(~held))
 
-# %% ../../nbs/reference/data/splits.ipynb #63d3fa0b
-def _read_error(example, error): # InputError
-    return InputError(f"{example.image}: cannot be read ({error.strerror}); read the dataset again")
+# %% ../../nbs/reference/data/splits.ipynb #a07fbd69
+def _from_file(example, read):
+    try: return read(Path(example.image))
+    except OSError as error:
+        raise InputError(f"{example.image}: cannot be read ({error.strerror}); read the dataset again") from None
 
 def _image_checksum(example): # bytes
-    if isinstance(example.image, np.ndarray):
-        return hashlib.sha256(f"{example.image.shape}".encode() + example.image.tobytes()).digest()
-    try: return hashlib.sha256(Path(example.image).read_bytes()).digest()
-    except OSError as error: raise _read_error(example, error) from None
+    image = example.image
+    if not isinstance(image, np.ndarray): return hashlib.sha256(_from_file(example, Path.read_bytes)).digest()
+    return hashlib.sha256(f"{image.shape}".encode() + image.tobytes()).digest()
 
 def _file_size(example): # bytes
     if isinstance(example.image, np.ndarray): return example.image.nbytes
-    try: return os.path.getsize(example.image)
-    except OSError as error: raise _read_error(example, error) from None
+    return _from_file(example, os.path.getsize)
 
 def exclude_duplicates(
     examples,

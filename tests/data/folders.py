@@ -46,7 +46,8 @@ def to_voc(example, class_names, file_name):
         SubElement(element, "name").text = class_names[max(label, -2 - label)]
         SubElement(element, "difficult").text = str(int(label < -1))
         bndbox = SubElement(element, "bndbox")
-        for side, value in zip(SIDES, (left + 1, top + 1, right, bottom)): SubElement(bndbox, side).text = f"{value:g}"
+        for side, value in zip(SIDES, (left + 1, top + 1, right, bottom)):
+            SubElement(bndbox, side).text = f"{value:g}"
     return tostring(annotation, encoding="unicode")
 
 def write_voc(folder, split, examples, class_names):
@@ -95,7 +96,8 @@ def header_only(width, height):
     def chunk(kind, data):
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
     header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    return (b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(bytes(100))) + chunk(b"IEND", b""))
+    chunks = chunk(b"IHDR", header), chunk(b"IDAT", zlib.compress(bytes(100))), chunk(b"IEND", b"")
+    return b"\x89PNG\r\n\x1a\n" + b"".join(chunks)
 
 def broken_inside(path):
     "Write an image whose both ends are in order, and whose middle is not."
@@ -150,7 +152,7 @@ def refuses(folder, change, words, split):
     assert len(error) < 1500, "a sentence, not a dump"
 
 def skips(folder, change, reason, first, split):
-    "One bad image or box is skipped, counted and reported; the others are what they were; past the limit reading stops."
+    "One bad image or box is skipped and counted, the others are what they were; past the limit reading stops."
     before = read_dataset(folder, split)
     change(folder)
     after = read_dataset(folder, split, max_bad_share=0.5)
@@ -161,4 +163,5 @@ def skips(folder, change, reason, first, split):
     else: same(before[1:], after, 1e-6)
     assert an_image or len(after) == len(before) and len(after[0].boxes) >= len(before[0].boxes) - 1
     error = message(lambda: read_dataset(folder, split))
-    for words in ("1 of ", "cannot be used", "limit 1 %", "--max-bad-share 0.", f"1 skipped: {reason}", first): assert words in error
+    for words in ("1 of ", "cannot be used", "limit 1 %", "--max-bad-share 0.", f"1 skipped: {reason}", first):
+        assert words in error

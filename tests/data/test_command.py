@@ -57,7 +57,8 @@ def test_held_out_from_the_command(stratify, forty, tmp_path):
     assert sorted(held + trained) == list(range(1, 41)) and len(held) == 8
     assert (held == list(range(1, 9))) != stratify
     if stratify:
-        boxes = {example.image_id: len(example.labels) for split in ("train2017", "val2017") for example in Records(out, split)}
+        examples = [*Records(out, "train2017"), *Records(out, "val2017")]
+        boxes = {example.image_id: len(example.labels) for example in examples}
         for count in set(boxes.values()):
             drawn, due = sum(boxes[i] == count for i in held), list(boxes.values()).count(count) / 5
             assert abs(drawn - due) < 1
@@ -97,7 +98,8 @@ def test_inspect_names_what_would_stop_the_others(coco, tmp_path, capsys):
     html = page.read_text()
     assert "1 skipped" in html and "data:image/png;base64," in html and "<script" not in html
     assert "add --force" in message(lambda: data.main(words))
-    assert "must be a multiple of 32" in message(lambda: data.main(["inspect", "--data", str(coco), "--image-size", "60"]))
+    words = ["inspect", "--data", str(coco), "--image-size", "60"]
+    assert "must be a multiple of 32" in message(lambda: data.main(words))
 
 def test_pack_makes_datasets_of_each_split(coco, tmp_path, capsys):
     out = tmp_path / "out"

@@ -13,7 +13,8 @@ def voc(layouts): return layouts / "VOC"
 def page(folder, number=0): return sorted((folder / "Annotations").iterdir())[number]
 def listing(text): return lambda folder: (folder / "ImageSets/Main/train.txt").write_text(text)
 def train_list(folder): return folder / "ImageSets/Main/train.txt"
-def xml(old, new): return lambda folder: page(folder).write_text(page(folder).read_text().replace(old, new, 1))
+def xml(old,
+        new): return lambda folder: page(folder).write_text(page(folder).read_text().replace(old, new, 1))
 def an_object(text): return xml("</annotation>", f"<object><name>person</name>{text}</object></annotation>")
 def corners(*numbers):
     sides = "".join(f"<{side}>{number}</{side}>" for side, number in zip(SIDES, numbers))
@@ -24,14 +25,18 @@ BOMB = "<!DOCTYPE a [<!ENTITY b 'c'>]><annotation>"
 # how the folder is broken: words that the message must hold
 REFUSALS = {
     "no list of the split": (lambda f: train_list(f).rename(f / "ImageSets/Main/val.txt"), ["no train.txt"]),
-    "listed twice": (listing("000000000001\n000000000001\n"), ["train.txt: lists ['000000000001'] more than once"]),
+    "listed twice": (listing("000000000001\n000000000001\n"),
+                     ["train.txt: lists ['000000000001'] more than once"]),
     "list leads upwards": (listing("../../secret\n"), ["'../../secret.jpg'", "leads out of"]),
     "list is absolute": (listing("/etc/passwd\n"), ["'/etc/passwd.jpg'", "leads out of"]),
     "list of nothing": (listing("\n"), ["no category 'person'"]),
-    "filename leads upwards": (xml("<filename>", "<filename>../../"), ["'../../000000000001.jpg'", "leads out of", "JPEGImages"]),
+    "filename leads upwards": (xml("<filename>", "<filename>../../"),
+                               ["'../../000000000001.jpg'", "leads out of", "JPEGImages"]),
     "filename has a drive": (xml("<filename>", "<filename>C:\\"), ["leads out of"]),
-    "a document type": (xml("<annotation>", BOMB), ["000000000001.xml: declares a document type", "<!DOCTYPE"]),
-    "an outer entity": (xml("<annotation>", "<!DOCTYPE a SYSTEM 'file:///etc/passwd'><annotation>"), ["declares a document type"]),
+    "a document type": (xml("<annotation>", BOMB),
+                        ["000000000001.xml: declares a document type", "<!DOCTYPE"]),
+    "an outer entity": (xml("<annotation>", "<!DOCTYPE a SYSTEM 'file:///etc/passwd'><annotation>"),
+                        ["declares a document type"]),
     "two with one name": (differ_by_suffix, ["differ only in their suffix"]),
     "image leads out": (link(image), ["000000000001.jpg: a link that leads out of"]),
     "annotation leads out": (link(page), ["000000000001.xml: a link that leads out of"]),
@@ -46,11 +51,16 @@ SKIPS = {
     "no annotation": (lambda f: page(f).unlink(), "image whose annotation is missing", "000000000001.xml"),
     "cut off": (lambda f: page(f).write_text(page(f).read_text()[:-20]), XML, "000000000001.xml"),
     "of no bytes": (lambda f: page(f).write_bytes(b""), XML, "000000000001.xml"),
-    "in no encoding": (xml("<annotation>", "<?xml version='1.0' encoding='zlib'?><annotation>"), XML, "000000000001.xml"),
-    "of the web": (lambda f: page(f).write_text("<html></html>"), "image whose annotation is not VOC's", "000000000001.xml"),
-    "of megabytes": (xml("</annotation>", " " * 1_000_000 + "</annotation>"), "image whose annotation is longer than 1 MB", "001.xml"),
-    "of another image": (xml("<width>64</width>", "<width>32</width>"), "image of another size than the file says", "32.0 x 64.0 by the annotation"),
-    "object without a name": (xml("</annotation>", "<object><bndbox/></object></annotation>"), "box without a class", "object "),
+    "in no encoding": (xml("<annotation>", "<?xml version='1.0' encoding='zlib'?><annotation>"),
+                       XML, "000000000001.xml"),
+    "of the web": (lambda f: page(f).write_text("<html></html>"),
+                   "image whose annotation is not VOC's", "000000000001.xml"),
+    "of megabytes": (xml("</annotation>", " " * 1_000_000 + "</annotation>"),
+                     "image whose annotation is longer than 1 MB", "001.xml"),
+    "of another image": (xml("<width>64</width>", "<width>32</width>"),
+                         "image of another size than the file says", "32.0 x 64.0 by the annotation"),
+    "object without a name": (xml("</annotation>", "<object><bndbox/></object></annotation>"),
+                              "box without a class", "object "),
     "object without a box": (an_object(""), FOUR, "000000000001.xml, object "),
     "box of three": (corners(8, 8, 20), FOUR, "['8', '8', '20']"),
     "box of words": (corners("left", 8, 20, 20), FOUR, "left"),
@@ -86,7 +96,9 @@ def test_an_annotation_whose_image_was_renamed_is_found_by_its_field(voc):
     names = [Path(example.image).name for example in read_dataset(voc, "train")[:2]]
     assert names == ["a walk.jpg", "000000000002.jpg"]
 
-@pytest.mark.parametrize("size", ["", "<size><width>0</width><height>0</height><depth>3</depth></size>", "<size><width/><height>many</height></size>"])
+SIZES = "", "<size><width>0</width><height>0</height><depth>3</depth></size>", "<size><width/><height>x</height></size>"
+
+@pytest.mark.parametrize("size", SIZES)
 def test_an_annotation_without_a_size_gets_the_images_own(size, voc, layouts_scenes):
     for number in range(12):
         text = page(voc, number).read_text()

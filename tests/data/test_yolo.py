@@ -21,7 +21,8 @@ def share_a_label(folder): shutil.copy(image(folder), image(folder).with_suffix(
 # how the folder is broken: words that the message must hold
 REFUSALS = {
     "no data.yaml": (lambda f: data_yaml(f).unlink(), ["no layout that is known", "*.yaml"]),
-    "several, none data.yaml": (lambda f: (data_yaml(f).rename(f / "a.yaml"), (f / "b.yml").touch()), ["2 YAML files"]),
+    "several, none data.yaml": (lambda f: (data_yaml(f).rename(f / "a.yaml"),
+                                           (f / "b.yml").touch()), ["2 YAML files"]),
     "not YAML": (yaml("names: ["), ["data.yaml: not YAML", "again"]),
     "nested too deep": (yaml("[" * 100_000), ["data.yaml: not YAML"]),
     "a list": (yaml("- person"), ["data.yaml: the outermost"]),
@@ -29,10 +30,13 @@ REFUSALS = {
     "names is a number": (yaml("train: images/train\nnames: 7"), ["data.yaml: 'names' must list"]),
     "a name is a list": (yaml("train: images/train\nnames: [[a]]"), ["data.yaml: names[0] is ['a']"]),
     "no such split": (yaml("val: images/train\nnames: [a]"), ["data.yaml: 'train' names no folder"]),
-    "split leads upwards": (yaml("train: ../../..\nnames: [a]"), ["data.yaml: train '../../..' is no folder inside"]),
+    "split leads upwards": (yaml("train: ../../..\nnames: [a]"),
+                            ["data.yaml: train '../../..' is no folder inside"]),
     "split is absolute": (yaml("train: /etc\nnames: [a]"), ["data.yaml: train '/etc' is no folder inside"]),
-    "path leads upwards": (yaml("path: ../COCO\ntrain: train\nnames: [a]"), ["train 'train' is no folder inside"]),
-    "no such class": (yaml("train: images/train\nnames: [cat, dog]"), ["no category 'person'", "choose from cat, dog"]),
+    "path leads upwards": (yaml("path: ../COCO\ntrain: train\nnames: [a]"),
+                           ["train 'train' is no folder inside"]),
+    "no such class": (yaml("train: images/train\nnames: [cat, dog]"),
+                      ["no category 'person'", "choose from cat, dog"]),
     "labels elsewhere": (lambda f: (f / "labels").rename(f / "annotations"),
                          ["none of the 12 images has a label file", "labels/train/000000000001.txt"]),
     "two with one name": (share_a_label, ["share a label file"]),
@@ -49,7 +53,8 @@ NAN, LISTED = "box with NaN or infinity", "box of a category that is not listed"
 # how the folder is broken: the reason it is counted under, what the first case says
 SKIPS = {
     "image missing": (lambda f: image(f).unlink(), "image that is missing", "000000000001.jpg"),
-    "labels are no text": (lambda f: label(f).write_bytes(b"\xff\xfe0 "), "image whose annotation is no text", "001.txt"),
+    "labels are no text": (lambda f: label(f).write_bytes(b"\xff\xfe0 "),
+                           "image whose annotation is no text", "001.txt"),
     "labels of megabytes": (lambda f: label(f).write_bytes(b"0 .5 .5 .1 .1\n" * 80_000),
                             "image whose annotation is longer than 1 MB", "001.txt"),
     "labels are a folder": (replaced_by_folder(label), "image whose annotation is missing", "001.txt"),
@@ -79,7 +84,8 @@ def test_one_bad_image_or_box_is_skipped_and_counted(case, yolo): skips(yolo, *S
 
 def test_labels_whose_image_is_gone_are_counted(yolo):
     "Not all names are numbers then: images are counted, and each keeps its place."
-    before = [replace(example, image_id=number) for number, example in enumerate(read_dataset(yolo, "train"), 1)]
+    before = [replace(example, image_id=number) for number,
+              example in enumerate(read_dataset(yolo, "train"), 1)]
     (yolo / "labels/train/lost.txt").write_text("0 .5 .5 .1 .1")
     after = read_dataset(yolo, "train", max_bad_share=0.5)
     same(before, after)
@@ -106,7 +112,8 @@ def test_an_image_without_labels_is_empty(yolo):
     assert len(examples) == 12 and not examples.report.skipped
 
 def test_files_of_the_system_are_no_labels(yolo, layouts_scenes):
-    for name in ("images/train/Thumbs.db", "images/train/._1.jpg", "labels/train/._1.txt", "labels/train/classes.txt"):
+    for name in ("images/train/Thumbs.db", "images/train/._1.jpg", "labels/train/._1.txt",
+                 "labels/train/classes.txt"):
         (yolo / name).write_bytes(b"\x00\x05\x16\x07")
     examples = read_dataset(yolo, "train", NAMES)
     same(layouts_scenes, examples, crowds=False)
@@ -140,6 +147,8 @@ def test_validation_is_found_under_its_usual_names(key, yolo):
 
 def test_a_split_in_two_folders(yolo):
     for name in ("images", "labels"): (yolo / name / "more").mkdir()
-    for file, name in ((image(yolo), "images"), (label(yolo), "labels")): shutil.move(file, yolo / name / "more")
+    for file, name in ((image(yolo), "images"), (label(yolo), "labels")): shutil.move(file,
+                                                                                      yolo / name / "more")
     yaml("train: [images/train, ./images/more]\nnames: [person, dog]")(yolo)
-    assert sorted(Path(example.image).parent.name for example in read_dataset(yolo, "train")) == ["more"] + ["train"] * 11
+    parents = [Path(example.image).parent.name for example in read_dataset(yolo, "train")]
+    assert sorted(parents) == ["more"] + ["train"] * 11
