@@ -1,7 +1,9 @@
-"""`make prepare` runs every chapter; this gives back what a page showed before where only another processor speaks.
+"""Give notebooks their committed outputs back where only another processor speaks; part of `make prepare`.
 
-Sums come out differently in their last digits on another processor, a short training magnifies that, and times are never the same. So where neither the library nor a chapter's code has changed since the last
-commit, an output that differs in digits alone, or a picture that looks the same, stays as it is committed. Whatever else differs is new, and is shown by git. With a revision as argument: against that one, for the chapters whose own code is the same.
+Sums differ in their last digits on another processor, a short training magnifies that, and times are never the
+same. So where neither the library nor a notebook's code has changed since the last commit, an output that differs in
+digits alone, or an image that looks the same, stays as it is committed. Whatever else differs is new, and git shows
+it. With a revision as argument: against that one, for the notebooks whose own code is the same.
 """
 import base64
 import json
@@ -13,51 +15,67 @@ import cv2
 import numpy as np
 
 ROOT = Path(__file__).resolve().parents[1]
-ALIKE = 8   # mean difference of two pictures' pixels, of 255
+TOLERANCE = 8   # mean difference of two images' pixels, of 255
 
 def git(*words): return subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True)
 
-def committed(path, revision): # a notebook, or None
+def read_committed(path, revision): # a notebook, or None
     done = git("show", f"{revision}:{path.relative_to(ROOT).as_posix()}")
     return json.loads(done.stdout) if done.returncode == 0 else None
+
+def read(path): return json.loads(path.read_text(encoding="utf-8"))
 
 def code(notebook): return [cell["source"] for cell in notebook["cells"] if cell["cell_type"] == "code"]
 
 def same_but_digits(one, other): # two texts, as strings or lists of lines
-    bare = lambda text: re.sub(r"\s+", " ", re.sub(r"[+-]?\d[\d,]*(\.\d+)?(e[+-]?\d+)?", "0", "".join(text)))
-    return bare(one) == bare(other)
+    def without_digits(text):
+        return re.sub(r"\s+", " ", re.sub(r"[+-]?\d[\d,]*(\.\d+)?(e[+-]?\d+)?", "0", "".join(text)))
+    return without_digits(one) == without_digits(other)
+
+def decode_png(data): # base64, as a string or a list of lines
+    return cv2.imdecode(np.frombuffer(base64.b64decode("".join(data)), np.uint8), cv2.IMREAD_COLOR)
 
 def same_to_the_eye(one, other): # two PNGs in base64
-    a, b = (cv2.imdecode(np.frombuffer(base64.b64decode("".join(data)), np.uint8), cv2.IMREAD_COLOR) for data in (one, other))
-    return a is not None and b is not None and a.shape == b.shape and np.abs(a.astype(int) - b).mean() < ALIKE
+    one, other = decode_png(one), decode_png(other)
+    if one is None or other is None or one.shape != other.shape: return False
+    return np.abs(one.astype(int) - other).mean() < TOLERANCE
 
-def is_text(value): return isinstance(value, str) or isinstance(value, list) and bool(value) and all(isinstance(line, str) for line in value)
+def is_text(value):
+    if isinstance(value, list): return bool(value) and all(isinstance(line, str) for line in value)
+    return isinstance(value, str)
 
-def alike(one, other): # two outputs of a cell
-    if isinstance(one, dict): return isinstance(other, dict) and one.keys() == other.keys() and all(same_to_the_eye(one[k], other[k]) if k == "image/png" else alike(one[k], other[k]) for k in one)
+def alike(one, other, key=None): # two outputs of a cell, or parts of them
+    if key == "image/png": return same_to_the_eye(one, other)
     if is_text(one): return is_text(other) and same_but_digits(one, other)
-    if isinstance(one, list): return isinstance(other, list) and len(one) == len(other) and all(map(alike, one, other))
+    if type(one) is not type(other): return False
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(alike(one[key], other[key], key) for key in one)
+    if isinstance(one, list): return len(one) == len(other) and all(map(alike, one, other))
     return one == other
 
-def settle(path, before):
-    "Give a page its committed outputs back, where they are alike."
-    now, kept = json.loads(path.read_text(encoding="utf-8")), 0
-    earlier = {cell["id"]: cell for cell in before["cells"] if "id" in cell}
+def restore(path, before): # of a notebook, the committed one -> int
+    "Give a notebook its committed outputs back, where they are alike; return of how many cells."
+    now, restored = read(path), 0
+    committed = {cell["id"]: cell for cell in before["cells"] if "id" in cell}
     for cell in now["cells"]:
-        old = earlier.get(cell.get("id"))
-        if cell["cell_type"] != "code" or not old or old.get("source") != cell["source"] or old["outputs"] == cell["outputs"]: continue
-        if alike(old["outputs"], cell["outputs"]): cell["outputs"], kept = old["outputs"], kept + 1
-    if kept:
-        with open(path, "w", encoding="utf-8") as file: file.write(json.dumps(now, indent=1, ensure_ascii=False) + "\n")
-    return kept
+        old = committed.get(cell.get("id"))
+        if cell["cell_type"] != "code" or not old or old.get("source") != cell["source"]: continue
+        if old["outputs"] != cell["outputs"] and alike(old["outputs"], cell["outputs"]):
+            cell["outputs"] = old["outputs"]
+            restored += 1
+    if restored: path.write_text(json.dumps(now, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    return restored
 
 def main():
     revision = sys.argv[1] if len(sys.argv) > 1 else "HEAD"
-    pages = [(path, before) for path in sorted((ROOT / "nbs").rglob("*.ipynb")) if (before := committed(path, revision))]
-    changed = git("diff", "--quiet", "HEAD", "--", "fcos_lite", "weights", "settings.ini").returncode or any(code(json.loads(path.read_text(encoding="utf-8"))) != code(before) for path, before in pages)
-    if changed and len(sys.argv) == 1: return
-    for path, before in pages:
-        if re.search(r"[\"/](results|ablations)\.json", str(code(before))) or code(json.loads(path.read_text(encoding="utf-8"))) != code(before): continue    # pages that show bench/results.json take its figures as they are
-        if kept := settle(path, before): print(f"{path.name}: {kept} output{'s' * (kept > 1)} left as committed")
+    notebooks = [(path, before) for path in sorted((ROOT / "nbs").rglob("*.ipynb"))
+                 if (before := read_committed(path, revision))]
+    unchanged = [(path, before) for path, before in notebooks if code(read(path)) == code(before)]
+    library = git("diff", "--quiet", "HEAD", "--", "fcos_lite", "weights", "settings.ini").returncode
+    if len(sys.argv) == 1 and (library or len(unchanged) < len(notebooks)): return
+    for path, before in unchanged:
+        # a notebook that shows a benchmark's results takes its figures as they are
+        if re.search(r"[\"/](results|ablations)\.json", str(code(before))): continue
+        if restored := restore(path, before): print(f"{path.name}: {restored} output(s) left as committed")
 
 if __name__ == "__main__": main()
