@@ -212,14 +212,16 @@ def training_rows(results): # [(what, ratio, mark)]
     for size, row in results.get("allocator", {}).items():
         given_back, kept = (f"{row[name]['system']:.0%}" for name in ("given_back", "kept"))
         yield ("step of `python -m fcos_lite.train`: what it frees is given back to the system / kept, batch 8, "
-               f"{size}²; the system's part of the processor's time {given_back} and {kept}", f"{row['ratio']:.2f} ×", "")
+               f"{size}²; the system's part of the processor's time {given_back} and {kept}",
+               f"{row['ratio']:.2f} ×", "")
     for name, words in (("training_step", "training step / bare forward and backward"),
                         ("detect", "`detect` end to end / bare forward")):
         for size, row in results.get(name, {}).items(): yield f"{words}, {size}²", f"{row['ratio']:.2f} ×", "≤ 1.10 ×"
     for count, row in results.get("targets", {}).items():
         yield (f"target assignment, fraction of the step, batch 4, 512², {count} boxes an image",
                f"{row['share_of_step']:.1%}", "≤ 3 %")
-        yield (f"the reference's loop over boxes, eager / ours, {count} boxes", f"{row['document_over_ours']:.1f} ×", "")
+        yield (f"the reference's loop over boxes, eager / ours, {count} boxes",
+               f"{row['document_over_ours']:.1f} ×", "")
 
 def data_rows(results):
     for size, row in results.get("data", {}).items():
@@ -236,7 +238,8 @@ def detection_rows(results):
     if row := results.get("camera"):
         steps = row["milliseconds"]
         yield (f"from camera to screen, {row['image_size']}²: {row['frames_per_second']:.1f} frames a second, "
-               f"{row['latency_ms']:.0f} ms late; latency / the steps one by one", f"{row['latency_over_work']:.2f} ×", "")
+               f"{row['latency_ms']:.0f} ms late; latency / the steps one by one",
+               f"{row['latency_over_work']:.2f} ×", "")
         yield ("latency of a plain loop, which has the driver's queue of four / ours",
                f"{row['plain_latency_ms'] / row['latency_ms']:.1f} ×", "")
         listed = ", ".join(f"{step} {value:.1f}" for step, value in steps.items())
@@ -309,7 +312,8 @@ def write_page(results):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rounds", type=int, default=15, help="times that each pair is measured (default: %(default)s)")
+    parser.add_argument("--rounds", type=int, default=15,
+                        help="times that each pair is measured (default: %(default)s)")
     parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS,
                         help="measure these, and keep what results.json has of the others (default: all)")
     parser.add_argument("--rehearse", action="store_true",

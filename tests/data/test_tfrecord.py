@@ -273,7 +273,8 @@ def test_an_index_that_was_changed_is_refused(copy):
     def change(data):
         stored = json.loads(json.dumps(whole))
         index = stored["index"]
-        entries = data.draw(st.sampled_from([stored, index, index["config"], index["shards"], *index["shards"].values()]))
+        places = [stored, index, index["config"], index["shards"], *index["shards"].values()]
+        entries = data.draw(st.sampled_from(places))
         entries[data.draw(st.sampled_from(sorted(entries)))] = data.draw(values)
         path.write_text(json.dumps(stored))
         if stored == whole: return
@@ -451,8 +452,8 @@ def test_records_must_fit_the_network(scenes, folders, tmp_path):
     assert [e.image_id for e in val] + [e.image_id for e in train] == [e.image_id for e in scenes] and len(val) == 4
     assert (val[1].width, val[1].height) == (64, 48) and train[0].width == 48
     assert len(read_train_val(folders["png"], config, 10, 0.1)[0]) == 9
-    for change, words in ((dict(class_names=("car",)), "--class-names person"), (dict(image_size=64), "--image-size 48"),
-                          (dict(pad_value=0), "--pad-value 114")):
+    for change, words in ((dict(class_names=("car",)), "--class-names person"),
+                          (dict(image_size=64), "--image-size 48"), (dict(pad_value=0), "--pad-value 114")):
         assert words in message(lambda: read_train_val(folders["png"], replace(config, **change), None, 0.1))
     assert "--limit 0" in message(lambda: read_train_val(folders["png"], config, 0, 0.1))
     assert "too few" in message(lambda: read_train_val(folders["png"], config, 1, 0.1))
@@ -501,8 +502,8 @@ def soak(folder, count):
 @pytest.mark.slow
 def test_40_000_scenes_written_and_read(tmp_path):
     "Memory stays flat, time grows linearly, each record comes once."
-    program = f"import sys; sys.path.insert(0, 'tests/data'); from test_tfrecord import soak; soak({str(tmp_path)!r}, 40_000)"
-    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)},
+    program = "import sys; sys.path.insert(0, 'tests/data'); from test_tfrecord import soak; soak(sys.argv[1], 40_000)"
+    done = subprocess.run([sys.executable, "-c", program, str(tmp_path)], cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)},
                           capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     rows = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("[")]
