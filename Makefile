@@ -16,12 +16,12 @@ setup: .venv/installed
 # pip compiles all it installs: where Python may not write bytecode (PYTHONDONTWRITEBYTECODE), every process would else compile TensorFlow anew
 .venv/package: settings.ini setup.py pyproject.toml
 	$(PYTHON) -m venv .venv && $(BIN)/python -m pip install --quiet --editable .
-	$(BIN)/python tests/check_opencv.py
+	$(BIN)/python tools/check_opencv.py
 	touch $@
 
 .venv/installed: .venv/package
 	$(BIN)/python -m pip install --quiet --editable ".[jax,mlflow,export,dev]"
-	$(BIN)/python tests/check_opencv.py
+	$(BIN)/python tools/check_opencv.py
 	touch $@
 
 # the demo needs the package alone, not what tests, notebooks and exports need besides
@@ -29,13 +29,13 @@ demo: .venv/package
 	$(BIN)/python -m fcos_lite.demo
 
 test: setup
-	$(BIN)/python tests/run.py
+	$(BIN)/python tools/run_tests.py
 
 test-slow: setup
-	$(BIN)/python tests/run.py --slow
+	$(BIN)/python tools/run_tests.py --slow
 
 prepare: setup
-	$(BIN)/nbdev-export && $(BIN)/nbdev-test --save --n-workers 2 && $(BIN)/nbdev-clean && $(BIN)/python tests/settle.py
+	$(BIN)/nbdev-export && $(BIN)/nbdev-test --save --n-workers 2 && $(BIN)/nbdev-clean && $(BIN)/python tools/restore_unchanged_outputs.py
 	$(BIN)/jupyter nbconvert --to markdown nbs/index.ipynb --output-dir . --output README --log-level WARN
 	sed -i.bak -E -e '1,/^```$$/s/^```$$/```python/' -e '/^```$$/N' -e '/^```\n#\| echo: false/,/^```/d' -e 's#\]\((images/|tutorials/|book/|reference/)#](nbs/\1#g' -e 's#\]\(\.\./#](#g' README.md && cat -s README.md > README.md.bak && mv README.md.bak README.md
 

@@ -91,11 +91,13 @@ def test_the_rest_of_another_file_is_noticed(server, tmp_path):
 
 def test_another_file_of_that_name_is_refused(server, tmp_path):
     (tmp_path / "file").write_bytes(b"another file")
-    with pytest.raises(InputError, match="its SHA-1 is not .* another file; remove it"): fetch(server, tmp_path / "file")
+    with pytest.raises(InputError, match="its SHA-1 is not .* another file; remove it"):
+        fetch(server, tmp_path / "file")
 
 def test_a_wrong_address_is_told_at_once(server, tmp_path, monkeypatch):
     monkeypatch.setattr(Server, "do_GET", lambda self: self.send_error(404))
-    with pytest.raises(InputError, match="the server answers 404 .*; check the address"): fetch(server, tmp_path / "file")
+    with pytest.raises(InputError, match="the server answers 404 .*; check the address"):
+        fetch(server, tmp_path / "file")
 
 def test_missing_room_is_told_before_a_byte_is_written(server, tmp_path, monkeypatch):
     monkeypatch.setattr(download.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10, 9, 500_000))
@@ -103,7 +105,7 @@ def test_missing_room_is_told_before_a_byte_is_written(server, tmp_path, monkeyp
     assert not list(tmp_path.iterdir())
 
 def test_kill_and_again(server, tmp_path):
-    "The process is killed while a server dawdles; the next goes on, and nothing has the file's name before it is whole."
+    "The process is killed while the server dawdles; the next one resumes; only a whole file has the file's name."
     Server.whole = np.random.default_rng(1).bytes(3_000_000)
     Server.plan = ["drop", "slow"]
     code = "import sys, pathlib; from fcos_lite.data.download import _Archive, _fetch; " \

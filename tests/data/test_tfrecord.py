@@ -1,4 +1,5 @@
 """Records: what was written is what is read; a damaged byte never yields another image; a kill loses nothing."""
+import csv
 import errno
 import hashlib
 import importlib.util
@@ -12,6 +13,7 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+import h5py
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -19,6 +21,8 @@ from hypothesis import strategies as st
 from fcos_lite.config import REFERENCE
 from fcos_lite.data import tfrecord
 from fcos_lite.data.batches import Batches
+from fcos_lite.data.coco import write_coco
+from fcos_lite.data.datasets import read_dataset
 from fcos_lite.data.example import Example, Examples
 from fcos_lite.data.tfrecord import (RecordBatches, RecordConfig, Records, ShardIndex, list_record_splits,
                                      read_train_val, verify_records, write_records)
@@ -273,7 +277,8 @@ def test_an_index_that_was_changed_is_refused(copy):
     def change(data):
         stored = json.loads(json.dumps(whole))
         index = stored["index"]
-        entries = data.draw(st.sampled_from([stored, index, index["config"], index["shards"], *index["shards"].values()]))
+        places = [stored, index, index["config"], index["shards"], *index["shards"].values()]
+        entries = data.draw(st.sampled_from(places))
         entries[data.draw(st.sampled_from(sorted(entries)))] = data.draw(values)
         path.write_text(json.dumps(stored))
         if stored == whole: return
@@ -451,8 +456,8 @@ def test_records_must_fit_the_network(scenes, folders, tmp_path):
     assert [e.image_id for e in val] + [e.image_id for e in train] == [e.image_id for e in scenes] and len(val) == 4
     assert (val[1].width, val[1].height) == (64, 48) and train[0].width == 48
     assert len(read_train_val(folders["png"], config, 10, 0.1)[0]) == 9
-    for change, words in ((dict(class_names=("car",)), "--class-names person"), (dict(image_size=64), "--image-size 48"),
-                          (dict(pad_value=0), "--pad-value 114")):
+    for change, words in ((dict(class_names=("car",)), "--class-names person"),
+                          (dict(image_size=64), "--image-size 48"), (dict(pad_value=0), "--pad-value 114")):
         assert words in message(lambda: read_train_val(folders["png"], replace(config, **change), None, 0.1))
     assert "--limit 0" in message(lambda: read_train_val(folders["png"], config, 0, 0.1))
     assert "too few" in message(lambda: read_train_val(folders["png"], config, 1, 0.1))
@@ -501,9 +506,9 @@ def soak(folder, count):
 @pytest.mark.slow
 def test_40_000_scenes_written_and_read(tmp_path):
     "Memory stays flat, time grows linearly, each record comes once."
-    program = f"import sys; sys.path.insert(0, 'tests/data'); from test_tfrecord import soak; soak({str(tmp_path)!r}, 40_000)"
-    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)},
-                          capture_output=True, text=True)
+    program = "import sys; sys.path.insert(0, 'tests/data'); from test_tfrecord import soak; soak(sys.argv[1], 40_000)"
+    done = subprocess.run([sys.executable, "-c", program, str(tmp_path)], cwd=ROOT, capture_output=True, text=True,
+                          env={**os.environ, "PYTHONPATH": str(ROOT)})
     assert done.returncode == 0, done.stderr[-2000:]
     rows = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("[")]
     for what in ("written", "read"):
@@ -513,3 +518,68 @@ def test_40_000_scenes_written_and_read(tmp_path):
         assert megabytes[4:].max() < megabytes[:4].max() + 25, "memory grows"
         first, second = seconds[4], seconds[-1] - seconds[4]
         assert second < 1.5 * first and first < 1.5 * second + 2, "time is not linear"
+
+# --- whole trainings
+
+TRAIN = """--epochs 3 --evaluate-every 3 --batch-size 4 --checkpoint-seconds 0 --precision float32 --image-size 64
+ --strides 16 32 --level-areas 1024 --stem-filters 8 --stem-groups 2 --backbone-filters 8 8 8 8
+ --backbone-blocks 1 1 1 1 --backbone-groups 2 --pyramid-channels 16 --pyramid-groups 2 --tower-depth 1
+ --tower-channels 16 --tower-groups 2 --gradient-accumulation-steps 2 --noise 0.1 --brightness 0.3
+ --assign-nearest-if-empty""".split()
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory):
+    "A COCO folder of images that are not all square, and PNG records of it at the size that is trained."
+    root = tmp_path_factory.mktemp("dataset")
+    for split, count, seed in (("train2017", 22, 7), ("val2017", 6, 8)):
+        examples = []
+        for i, scene in enumerate(Scenes(count, seed, World(size=96, min_height=20, max_people=3, empty_share=0.1))):
+            boxes = np.clip(scene.boxes - np.float32([0, 24] * 2), 0, np.float32([96, 72] * 2))
+            kept = (boxes[:, 2:] > boxes[:, :2] + 4).all(1)
+            cut = replace(scene, image=scene.image[24:], height=72, boxes=boxes[kept], labels=scene.labels[kept],
+                          areas=None)
+            examples.append(cut if i % 2 else scene)
+        write_coco(root / "coco", split, examples, ("person",))
+        config = RecordConfig(image_size=64, format="png", shard_images=5)
+        write_records(read_dataset(root / "coco", split), split, root / "records", config)
+    return root
+
+def start_training(backend, *flags):
+    environment = {**os.environ, "KERAS_BACKEND": backend, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
+    return subprocess.Popen([sys.executable, "-u", "-m", "fcos_lite.train", *map(str, flags)], cwd=ROOT, text=True,
+                            env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+
+def finish(process, code=0):
+    output = process.communicate()[0]
+    assert process.returncode == code, output[-3000:]
+
+def stored_arrays(path):
+    arrays = {}
+    def keep(name, item):
+        if isinstance(item, h5py.Dataset): arrays[name] = np.array(item)
+    with h5py.File(path) as file: file.visititems(keep)
+    return arrays
+
+def read_metrics(run):
+    path = run / "metrics.csv"
+    return list(csv.DictReader(path.read_text().splitlines())) if path.exists() else []
+
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", ["tensorflow", "jax"])
+def test_a_run_from_records_killed_and_resumed_is_the_run_from_the_images(backend, dataset, tmp_path):
+    "PNG records at the size that is trained, in one window: the same weights to the last bit."
+    finish(start_training(backend, *TRAIN, "--data", dataset / "coco", "--out", tmp_path / "images"))
+    run = start_training(backend, *TRAIN, "--records", dataset / "records", "--out", tmp_path / "records")
+    while not read_metrics(tmp_path / "records") and run.poll() is None: time.sleep(0.01)
+    run.kill()
+    finish(run, -signal.SIGKILL)
+    assert len(read_metrics(tmp_path / "records")) in (1, 2)
+    finish(start_training(backend, "--resume", tmp_path / "records"))
+    one, other = (stored_arrays(tmp_path / name / "last.weights.h5") for name in ("images", "records"))
+    assert one.keys() == other.keys() and len(one) > 50
+    for name in one: np.testing.assert_array_equal(one[name], other[name], err_msg=name)
+    for row, same in zip(read_metrics(tmp_path / "images"), read_metrics(tmp_path / "records"), strict=True):
+        for name in ("loss", "cls", "ltrb", "centerness", "step"): assert row[name] == same[name]
+    figures = [json.loads((tmp_path / name / "evaluation.json").read_text()) for name in ("images", "records")]
+    for name in ("AP", "APs", "APm", "APl", "images", "boxes"):
+        assert figures[0][name] == pytest.approx(figures[1][name], abs=1e-4), name
