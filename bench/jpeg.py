@@ -1,44 +1,54 @@
-"""What JPEG costs a detector: the shipped one, measured on photographs that went through records of PNG and of JPEG of several qualities. Prints a table in Markdown.
+"""What JPEG costs a detector: the shipped one, measured on images that went through records of PNG and of JPEG.
 
-python bench/jpeg.py --coco DIR --limit 200
+Prints a table in Markdown.
+
+python bench/jpeg.py --data DIR --limit 200
 """
 import argparse
 import os
+import tempfile
 import time
+from pathlib import Path
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 from fcos_lite.config import COCO_NMS
-from fcos_lite.evaluate.evaluator import predict
-from fcos_lite.data.coco import read_coco
-from fcos_lite.evaluate.metrics import coco_evaluation
+from fcos_lite.data.datasets import read_dataset
+from fcos_lite.data.tfrecord import RecordConfig, Records, write_records
 from fcos_lite.detector.model import FCOS
-from fcos_lite.data.records import RecordConfig, decode_example, encode_example
+from fcos_lite.evaluate.evaluator import predict
+from fcos_lite.evaluate.metrics import coco_evaluation
 
-WAYS = {"PNG": dict(format="png"), **{f"JPEG {quality}": dict(quality=quality) for quality in (95, 90, 75, 50, 20)}}
+KINDS = {"PNG": {"format": "png"}, **{f"JPEG {quality}": {"quality": quality} for quality in (95, 90, 75, 50, 20)}}
+METRICS = ("AP", "AP50", "AP75", "APs")
 
-def measure(model, examples, storage):
-    "kB of a record, milliseconds of a processor to decode it, COCO's figures and the validation loss."
-    data = [encode_example(example, storage) for example in examples]
-    kept = [decode_example(record, "here").photograph() for record in data]
-    began = time.process_time()
-    for example in kept: example.read()
-    milliseconds = 1e3 * (time.process_time() - began) / len(kept)
-    (found,), losses = predict(model, kept, thresholds=(COCO_NMS,))
-    figures = coco_evaluation(kept, found, model.config.class_names)[0]
-    return [sum(map(len, data)) / len(data) / 1e3, milliseconds, *(figures[name] for name in ("AP", "AP50", "AP75", "APs")), losses["loss"]]
+def measure(model, examples, config): # kB a record, ms of the processor to decode one, metrics, validation loss
+    "Write examples as records and evaluate on what comes back."
+    with tempfile.TemporaryDirectory() as folder:
+        write_records(examples, "val2017", folder, config)
+        size = sum(file.stat().st_size for file in Path(folder).glob("*.tfrecord"))
+        records = Records(folder, "val2017").in_original_pixels()
+        started = time.process_time()
+        for example in records: example.read()
+        milliseconds = 1e3 * (time.process_time() - started) / len(records)
+        (detections,), losses = predict(model, records, nms=(COCO_NMS,))
+        metrics = coco_evaluation(records, detections, model.config.class_names)[0]
+    return [size / len(records) / 1e3, milliseconds, *(metrics[name] for name in METRICS), losses["loss"]]
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--coco", required=True, metavar="DIR", help="photographs in COCO's layout")
-    parser.add_argument("--part", default="val2017", metavar="NAME")
-    parser.add_argument("--limit", type=int, metavar="N", help="the first N pictures")
+    parser.add_argument("--data", required=True, metavar="DIR", help="images in the layout of COCO, YOLO or Pascal VOC")
+    parser.add_argument("--split", default="val2017", metavar="NAME")
+    parser.add_argument("--limit", type=int, metavar="N", help="the first N images")
     parser.add_argument("--weights", default="person", metavar="NAME|PATH")
-    a = parser.parse_args()
-    model = FCOS.from_preset(a.weights)
-    examples = read_coco(a.coco, a.part, model.config.class_names, a.limit)
-    print(f"{len(examples)} photographs, {sum((e.labels >= 0).sum() for e in examples)} people, squares of {model.config.image_size}\n\n| kept as | kB | ms to decode | AP | AP50 | AP75 | APs | loss |\n|---|---|---|---|---|---|---|---|")
-    for name, how in WAYS.items():
-        size, milliseconds, *figures = measure(model, examples, RecordConfig(image_size=model.config.image_size, **how))
-        print(f"| {name} | {size:.1f} | {milliseconds:.2f} | " + " | ".join(f"{value:.4f}" for value in figures) + " |", flush=True)
+    options = parser.parse_args()
+    model = FCOS.from_preset(options.weights)
+    examples = read_dataset(options.data, options.split, model.config.class_names, options.limit)
+    print(f"{len(examples)} images, {examples.report.boxes} boxes, squares of {model.config.image_size} pixels\n")
+    print("| stored as | kB | ms to decode | AP | AP50 | AP75 | APs | loss |\n|---|---|---|---|---|---|---|---|")
+    for name, fields in KINDS.items():
+        config = RecordConfig(image_size=model.config.image_size, **fields)
+        size, milliseconds, *metrics = measure(model, examples, config)
+        cells = " | ".join(f"{value:.4f}" for value in metrics)
+        print(f"| {name} | {size:.1f} | {milliseconds:.2f} | {cells} |", flush=True)
 
 if __name__ == "__main__": main()

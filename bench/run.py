@@ -23,7 +23,7 @@ from document_targets import document_targets
 from fcos_lite.detector.backbone import GroupNorm
 from fcos_lite.data.batches import Batches
 from fcos_lite.config import SCRATCH_RECIPE, REFERENCE, CAMERA_NMS
-from fcos_lite.export.__main__ import load_at
+from fcos_lite.export.__main__ import load_at_size
 from fcos_lite.detector.model import FCOS
 from fcos_lite.scenes.scenes import Scenes, World
 from fcos_lite.detector.targets import assign_targets
@@ -64,7 +64,7 @@ def training_step(size, batch_size, rounds):
 
 def detection(size, rounds):
     "`model.detect` of a JPEG file of 640 x 480 with people in it, by the shipped weights: decoding, letterbox, NMS included, against the bare compiled forward pass."
-    model, _ = load_at("person", size)
+    model = load_at_size("person", size)
     square = tf.constant(np.zeros((1, size, size, 3), "uint8"))
     forward = tf.function(lambda image: model(image))
     with tempfile.TemporaryDirectory() as folder:
@@ -135,7 +135,7 @@ def data(rounds, rehearse):
 
 def camera(rounds, rehearse):
     "From camera to screen, in a process of its own: see detect.py."
-    row = in_a_process("detect.py", "tensorflow", "--pictures", 3 if rehearse else 2 * rounds, *(["--tiny"] if rehearse else []))
+    row = in_a_process("detect.py", "tensorflow", "--images", 3 if rehearse else 2 * rounds, *(["--tiny"] if rehearse else []))
     print("camera", row, flush=True)
     return row
 

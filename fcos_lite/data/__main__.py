@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = []
 
-# %% ../../nbs/reference/data/main.ipynb #10c63525
+# %% ../../nbs/reference/data/main.ipynb #a61da08b
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Literal, Union
 import tyro
@@ -23,7 +23,7 @@ from .tfrecord import RecordConfig, Records, list_record_splits, verify_records,
 from ..errors import InputError, run_command
 from ..files import atomic_write
 
-# %% ../../nbs/reference/data/main.ipynb #505d992f
+# %% ../../nbs/reference/data/main.ipynb #369847a8
 @dataclass(frozen=True, kw_only=True)
 class _Read:
     data: Path # images in the layout of COCO, YOLO or Pascal VOC
@@ -120,15 +120,14 @@ class Inspect(_Read):
         if not self.data.is_dir():
             raise InputError(f"{self.data}: no such folder; "
                              "give images in the layout of COCO, YOLO or VOC, or records")
-        records, config, sections = any(self.data.glob("*-of-*.tfrecord")), MODELS[self.model], []
-        size = self.image_size or config.image_size
-        if size <= 0 or size % config.strides[-1]:
-            raise InputError(f"--image-size {size}: must be a multiple of {config.strides[-1]}")
+        config = MODELS[self.model]
+        if self.image_size is not None: config = replace(config, image_size=self.image_size)
+        records, sections = any(self.data.glob("*-of-*.tfrecord")), []
         for split in self.split or (list_record_splits if records else list_splits)(self.data):
             examples = Records(self.data, split)[:self.limit] if records else self.read(split)
-            title, text, plots = dataset_report(
-                examples, f"{self.data}, {split}", size, config.strides, RECIPES[self.recipe], self.sample)
-            sections.append((title, f"{examples.report}\n{text}", plots))
+            name, text, figures = dataset_report(
+                examples, f"{self.data}, {split}", config, RECIPES[self.recipe].targets, self.sample)
+            sections.append((name, f"{examples.report}\n{text}", figures))
             print(sections[-1][1], flush=True)
         if self.out:
             atomic_write(self.out, statistics_page(sections))

@@ -15,7 +15,10 @@ from .images import encode_jpeg
 from ..errors import InputError
 from ..files import write_json
 
-# %% ../../nbs/reference/data/coco.ipynb #b5bfca59
+# %% ../../nbs/reference/data/coco.ipynb #6e832068
+def _decode(data): # bytes -> str; while they are parsed only one of them is kept
+    return data.decode(json.detect_encoding(data), "surrogatepass")
+
 def _drop_outlines(entry): # dict -> dict
     for name in ("segmentation", "keypoints"): entry.pop(name, None)
     return entry
@@ -24,7 +27,7 @@ def _load_json(path): # a dictionary with the lists images, annotations, categor
     "Parse a COCO file; raises `InputError` if it is missing, not JSON, or without one of its lists."
     if not path.is_file():
         raise InputError(f"{path}: no such file; a COCO folder holds annotations/instances_SPLIT.json")
-    try: document = json.loads(path.read_bytes(), object_hook=_drop_outlines)
+    try: document = json.loads(_decode(path.read_bytes()), object_hook=_drop_outlines)
     except (ValueError, RecursionError) as error:
         raise InputError(f"{path}: not JSON ({error}); copy or write the file again") from None
     lists = document if isinstance(document, dict) else {}
@@ -34,7 +37,7 @@ def _load_json(path): # a dictionary with the lists images, annotations, categor
                          "is this a COCO instances file?")
     return document
 
-def _is_whole(value): return isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2 ** 63
+def _is_whole(value): return type(value) is int and abs(value) < 2 ** 63
 def _is_positive(value): return is_number(value) and value > 0
 def _is_text(value): return isinstance(value, str) and value != ""
 

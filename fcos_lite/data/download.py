@@ -70,8 +70,8 @@ def _resume(archive, partial): # _Archive, Path of the unfinished file -> whethe
             needed = total - first + archive.unpacked * total
             free = shutil.disk_usage(partial.parent).free
             if free < needed:
-                raise InputError(f"{partial}: needs {needed / 1e9:,.1f} GB, but {free / 1e9:,.1f} GB "
-                                 "are free; make room, or name a folder on another disk")
+                raise InputError(f"{partial}: needs {needed / 1e9:,.1f} GB, but {free / 1e9:,.1f} "
+                                 "GB are free; make room, or name a folder on another disk")
         with open(partial, "r+b" if first else "wb") as file:
             done = file.seek(first)
             while block := response.read(1 << 20):
@@ -140,7 +140,7 @@ def _unpack(path, out): # ZIP file, folder -> [str], its top folders
                     raise InputError(f"{out / name}: exists; remove it, or leave this part out")
             archive.extractall(aside)
     except (zipfile.BadZipFile, NotImplementedError) as error:
-        raise InputError(f"{path}: not a ZIP file ({error}); remove it and run this again") from None
+        raise InputError(f"{path}: not a ZIP file ({error}); remove it, and run again") from None
     except OSError as error:
         raise InputError(f"{out}: cannot be written ({error.strerror}); make room") from None
     for name in names: os.replace(aside / name, out / name)

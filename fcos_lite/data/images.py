@@ -97,18 +97,19 @@ def encode_jpeg(image, quality=95): # (H, W, 3) uint8 RGB, 1..100 -> bytes
     "Encode an image as a JPEG file."
     return cv2.imencode(".jpg", image[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, quality])[1].tobytes()
 
-# %% ../../nbs/reference/data/images.ipynb #77f1d03c
+# %% ../../nbs/reference/data/images.ipynb #8bdc90cb
 TURNED = (5, 6, 7, 8)   # EXIF orientations whose width and height are exchanged
 
 def _read_header(path): # (width, height) as stored; orientation, 1..8; whether the file seems whole
     with open(path, "rb") as file:
         header = Image.open(file, formats=_FORMATS)
         end, orientation = _ENDS.get(header.format, b""), 1
+        size = header.size
         if header.format == "TIFF" or {"exif", "xmp", "XML:com.adobe.xmp"} & header.info.keys():
             orientation = header.getexif().get(274, 1)
+        if header.format == "TIFF" and orientation in TURNED: size = size[::-1]   # Pillow gives the upright one
         file.seek(-len(end), os.SEEK_END)
-        whole = file.read() == end and math.prod(header.size) <= _MAX_PIXELS
-        return header.size, orientation, whole
+        return size, orientation, file.read() == end and math.prod(size) <= _MAX_PIXELS
 
 def read_image_size(path): # (width, height) as stored, pixels; EXIF orientation, 1..8
     "Return an image's size, mostly without decoding it; raises `InputError` if it is no whole image."

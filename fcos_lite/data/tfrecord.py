@@ -44,10 +44,7 @@ def _frame(data): # bytes of a record
     length = struct.pack("<Q", len(data))
     return length + _masked_crc(length) + data + _masked_crc(data)
 
-def _read_frame(
-    file,  # open for reading, where a record begins
-    where, # what an error calls the record
-): # bytes
+def _read_frame(file, where): # open where a record begins, what an error calls it -> bytes
     "Return the data of the next record; raises `InputError` if it is truncated or damaged."
     available = os.fstat(file.fileno()).st_size - file.tell()
     start = file.read(12)
@@ -94,10 +91,10 @@ class RecordConfig:
     def __post_init__(self):
         if self.format not in ("jpeg", "png"):
             raise InputError(f"format {self.format!r}: choose jpeg or png")
-        for name, least, most in (("image_size", 1, 65_500), ("quality", 1, 100),
-                                  ("pad_value", 0, 255), ("shard_images", 1, 10 ** 9)):
-            if not least <= getattr(self, name) <= most:
-                raise InputError(f"{name} {getattr(self, name)}: must be in {least}..{most}")
+        if min(self.image_size, self.shard_images) < 1:
+            raise InputError(f"image_size and shard_images of {self}: must be at least 1")
+        if not (1 <= self.quality <= 100 and 0 <= self.pad_value <= 255):
+            raise InputError(f"{self}: quality must be in 1..100, pad_value in 0..255")
 
 def _encode_example(example, config): # Example, RecordConfig -> bytes of a tf.train.Example
     "Serialize an example; raises `InputError` if its image is unreadable or of another size."
@@ -137,11 +134,7 @@ class _RecordExample(Example):
         if not self.original: return square
         return square[fit.top:fit.top + fit.scaled_height, fit.left:fit.left + fit.scaled_width]
 
-def _decode_example(
-    data,  # bytes of a tf.train.Example
-    where, # what an error calls them
-    original=False, # whether boxes, areas and size are to be those of the original image
-): # _RecordExample
+def _decode_example(data, where, original=False): # bytes of a tf.train.Example -> _RecordExample
     "Return the example that a record holds; raises `InputError` if it holds none."
     try:
         feature = _TFExample.FromString(data).features.feature
@@ -157,11 +150,10 @@ def _decode_example(
             raise ValueError(f"an impossible {fit}")
     except (DecodeError, ValueError, TypeError, OverflowError) as error:
         raise InputError(f"{where}: not a record of fcos_lite ({error}); {_REMEDY}") from None
-    width, height = fit.size, fit.size
-    if original: boxes, width, height = fit.boxes_out(boxes), fit.width, fit.height
+    size = fit.size, fit.size
+    if original: boxes, size = fit.boxes_out(boxes), (fit.width, fit.height)
     else: areas *= fit.scaled_width * fit.scaled_height / (fit.width * fit.height)
-    return _RecordExample(image_id, image, boxes, labels, width, height, areas, fit, original,
-                          where)
+    return _RecordExample(image_id, image, boxes, labels, *size, areas, fit, original, where)
 
 # %% ../../nbs/reference/data/tfrecord.ipynb #510d4500
 def _checksum(value): # anything that JSON can hold -> 64 hexadecimal digits
@@ -351,11 +343,7 @@ def verify_records(folder): # [ReadReport], [str: what is wrong]
 # %% ../../nbs/reference/data/tfrecord.ipynb #9efe9900
 class Records(Sequence):
     "A split of a folder of records; raises `InputError` if a shard is missing or truncated."
-    def __init__(
-        self,
-        folder, # that `write_records` filled
-        split,  # train2017, val2017 or another
-    ):
+    def __init__(self, folder, split): # that `write_records` filled; train2017, val2017 or another
         self.folder, self.index = Path(folder), ShardIndex.from_json(folder, split)
         self.config, self.class_names = self.index.config, tuple(self.index.class_names)
         self.max_boxes, self.report = self.index.max_boxes, self.index.report(folder)
@@ -412,13 +400,7 @@ class Records(Sequence):
 
 # %% ../../nbs/reference/data/tfrecord.ipynb #41985f04
 @lru_cache(maxsize=8)
-def _records_order(
-    counts, # records of each shard, a tuple
-    seed,   # int, or None: as they were written
-    epoch,  # counted from 0
-    window, # records that are shuffled together
-    cycle,  # shards that are read in turn
-): # (N,) int64, a permutation
+def _records_order(counts, seed, epoch, window, cycle): # records of each shard, ... -> (N,) int64
     "Return the order in which an epoch reads records; it depends on the arguments alone."
     total = sum(counts)
     if seed is None or total <= window: return epoch_order(total, seed, epoch)
@@ -434,10 +416,7 @@ def _records_order(
 class RecordBatches(Batches):
     "Records as batches, in an order that suits a disk."
     def __init__(
-        self,
-        records, # Records
-        batch_size,
-        *,
+        self, records, batch_size, *,
         window=1024, # records that are shuffled together
         cycle=16,    # shards that are read in turn
         **kwargs,    # to `Batches`
@@ -454,10 +433,8 @@ class RecordBatches(Batches):
 
 # %% ../../nbs/reference/data/tfrecord.ipynb #f6f3ad01
 def read_train_val(
-    folder, # that `write_records` filled
-    config, # ModelConfig
-    limit,  # images of each split, or None
-    validation_fraction, # of the images, if no split begins with val
+    folder, config, # that `write_records` filled, ModelConfig
+    limit, validation_fraction, # images of each split or None; of the images, if there is no val
 ): # Records to train on, Records to validate on
     "Return the records for a run; raises `InputError` if they do not fit the network."
     splits = list_record_splits(folder)

@@ -26,13 +26,13 @@ class FCOS(keras.Model):
         losses=SCRATCH_RECIPE.losses,   # LossConfig
         **kwargs,                       # to keras.Model
     ):
-        super().__init__(dtype="float32", **kwargs)   # boxes and losses stay in float32 under any policy
+        super().__init__(dtype="float32", **kwargs)   # boxes stay in float32 under any policy
         self.config, self.target_config, self.loss_config = config, targets, losses
         self.fpn = build_fpn(config)
         self.heads = Heads(config, name="heads", dtype="float32")
         names = "cls", "ltrb", "centerness", "positives"
         self.trackers = {name: keras.metrics.Mean(name=name) for name in names}
-        object.__setattr__(self, "cache", {})   # hidden from Keras: the models in it are no layers of this one
+        object.__setattr__(self, "cache", {})   # hidden from Keras: its models are no layers
         self.heads.build([level.shape for level in self.fpn.outputs])
         self.built = True
 
@@ -55,7 +55,7 @@ class FCOS(keras.Model):
         labels,  # (B, M) class indices; -1 padding, -2 - k crowd of class k
         valid=None, # (B,) bool: False for an image that only fills the batch
     ): # {"cls", "ltrb", "centerness", "loss", "positives", "centerness_sum"}, scalars
-        "Return the three losses, their total, the number of positive locations and the sum of their centerness."
+        "Return the three losses, their total, and what they are divided by."
         if valid is not None: labels = ops.where(valid[:, None], labels, -1)
         targets = self.assign_targets(boxes, labels)
         if valid is not None: targets["valid"] = targets["valid"] & valid[:, None]
@@ -70,7 +70,7 @@ class FCOS(keras.Model):
         sample_weight=None, training=True,
     ): # scalar
         "Return the total loss for `fit` and `evaluate`, and update the trackers of its parts."
-        if sample_weight is not None: raise InputError("sample_weight: not used by this loss; leave it out")
+        if sample_weight is not None: raise InputError("sample_weight: this loss has none; leave it out")
         losses = self.compute_losses(y_pred, y["boxes"], y["labels"])
         for name, tracker in self.trackers.items(): tracker.update_state(losses[name])
         return losses["loss"]
@@ -86,7 +86,7 @@ class FCOS(keras.Model):
         return self.cache[key]
 
     def clear_cache(self):
-        "Forget all compiled graphs, so that a function replaced since then (`nms`, a loss) takes effect."
+        "Forget all compiled graphs, so that a replaced function (`nms`, a loss) takes effect."
         self.cache.clear()
         self.train_function = self.test_function = self.predict_function = None
 
@@ -97,7 +97,7 @@ class FCOS(keras.Model):
         return self.cached_model(Predictor, get_nms_config(nms_config))
 
     def detect(self,
-        source, # path, URL, (H, W, 3) uint8 RGB array or PIL image; or a list, batch, folder or pattern of them
+        source, # path, URL, RGB array or PIL image; or a list, batch, folder or pattern of them
         nms=CAMERA_NMS, # NMSConfig, or the name of a preset
         batch_size=8,
     ): # Detections in the image's own pixels, or a list of them
@@ -122,10 +122,10 @@ class FCOS(keras.Model):
 
 # %% ../../nbs/book/10_first_training.ipynb #aa1ad3fc
 def load_detector(
-    name,     # of shipped weights, a run's folder, or a .weights.h5 file with its config.json beside it
+    name,     # of shipped weights, a run's folder, or a .weights.h5 file beside its config.json
     **kwargs, # to FCOS, in place of what is stored
 ): # FCOS
-    "Return a trained detector; raises `InputError` if its weights or its configuration are missing or do not fit."
+    "Return a trained detector; raises `InputError` if its files are missing or do not fit."
     path = find_weights(name)
     stored = read_config(path)
     if stored is None:

@@ -15,7 +15,7 @@ from ..errors import InputError, run_command
 from ..files import atomic_path, require_new_folder
 from ..scenes.scenes import World
 
-# %% ../../nbs/reference/evaluate/main.ipynb #18b76572
+# %% ../../nbs/reference/evaluate/main.ipynb #367c7b97
 @dataclass(frozen=True)
 class _Drawing(World):
     "The drawn scenes, used without --data."
@@ -26,7 +26,14 @@ class _Drawing(World):
 
 @dataclass(frozen=True)
 class Options:
-    "Measure how good a detector is, and see what it gets wrong."
+    """Measure how good a detector is, and see what it gets wrong.
+
+    examples:
+      fcos-lite evaluate --weights runs/first
+      fcos-lite evaluate --weights runs/first --data DIR --out measured
+
+    --out then holds evaluation.json (AP, AP50, AP75, APs, APm, APl, source_map75 as fractions), precision_recall.png,
+    worst.png (the largest false negatives, the false positives with the highest scores) and pictures/."""
     # folder of a run, a .weights.h5 file with its config.json beside it, or a name of shipped weights
     weights: str
     # photographs in the layout of COCO, YOLO or Pascal VOC; without it scenes are drawn
@@ -41,7 +48,7 @@ class Options:
     seed: int = 0 # of the scenes
     scenes: _Drawing = _Drawing()
 
-# %% ../../nbs/reference/evaluate/main.ipynb #f7342e1e
+# %% ../../nbs/reference/evaluate/main.ipynb #9a416663
 def _is_evaluation(folder): # a run has both files
     return (folder / "evaluation.json").is_file() and not (folder / "config.json").exists()
 
@@ -66,7 +73,8 @@ def main(argv=None):
     model = load_detector(options.weights)
     names = model.config.class_names
     if options.data:
-        examples = read_dataset(options.data, options.split, names, options.limit, options.max_bad_share)
+        examples = read_dataset(options.data, options.split, class_names=names, limit=options.limit,
+                                max_bad_share=options.max_bad_share)
         print(examples.report)
     else:
         world = World(**asdict(options.scenes) | {"size": model.config.image_size, "class_names": names})

@@ -36,7 +36,7 @@ def plot_precision_recall(
     axes.legend(frameon=False, fontsize=8, loc="lower left")
     figure.savefig(path, dpi=100)
 
-# %% ../../nbs/reference/evaluate/report.ipynb #a553c5f8
+# %% ../../nbs/reference/evaluate/report.ipynb #5bfd2e0d
 def _read_or_blank(example): # (H, W, 3) uint8 RGB
     "Return the image in its annotated size, grey if it cannot be read: `predict` has then warned of it."
     try: image = example.read()
@@ -44,7 +44,7 @@ def _read_or_blank(example): # (H, W, 3) uint8 RGB
     if image.shape[:2] == (example.height, example.width): return image
     return cv2.resize(image, (example.width, example.height))
 
-def _crop_around(
+def crop_around(
     image, # (H, W, 3) uint8
     box,   # (4,) xyxy, pixels
     side,  # of the tile, pixels
@@ -59,7 +59,7 @@ def _crop_around(
                           flags=cv2.INTER_AREA if scale < 1 else cv2.INTER_LINEAR)
     return tile, (np.asarray(box, np.float32) - np.tile(corner, 2)) * scale
 
-# %% ../../nbs/reference/evaluate/report.ipynb #5302af46
+# %% ../../nbs/reference/evaluate/report.ipynb #2a366b09
 def plot_worst_mistakes(
     examples,
     outcomes,  # as `metrics.outcomes` gives them
@@ -71,7 +71,7 @@ def plot_worst_mistakes(
     tiles, blank = [], np.full((side, side, 3), 255, np.uint8)
     for mistakes, color in zip(worst_mistakes(outcomes, count), (PALETTE[3], PALETTE[4])):
         for mistake in mistakes:
-            tile, box = _crop_around(_read_or_blank(examples[mistake.image]), mistake.box, side)
+            tile, box = crop_around(_read_or_blank(examples[mistake.image]), mistake.box, side)
             text = f"{mistake.kind} {mistake.score:.2f}" if mistake.score else mistake.kind
             tiles.append(draw_boxes(tile, box[None], [0], [text], colors=(color,)))
         tiles += [blank] * (-len(mistakes) % 6)

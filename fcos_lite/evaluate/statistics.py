@@ -43,8 +43,7 @@ class DatasetStatistics:
         classes = np.bincount(self.labels, minlength=len(self.class_names))
         frequent = [f"{self.class_names[i]} {classes[i]:,}" for i in np.argsort(-classes)[:12]]
         return _as_lines({
-            "images": f"{len(counts):,}",
-            "images without a box": _fraction((counts == 0).sum(), len(counts)),
+            "images": f"{len(counts):,}", "without a box": _fraction((counts == 0).sum(), len(counts)),
             "boxes": f"{boxes:,}, and {self.crowds.sum():,} crowd regions",
             "classes": ", ".join(frequent),
             "boxes in an image": f"{_median_and_range(counts)}, at most {counts.max()}",
@@ -52,8 +51,7 @@ class DatasetStatistics:
             "height of images": f"{_median_and_range(self.sizes[:, 1])} pixels",
             f"√area at {self.image_size} pixels": _median_and_range(np.sqrt(widths * heights)),
             "height / width of boxes": _median_and_range(heights / widths),
-            "small boxes (COCO)": _fraction(small, boxes),
-            "large boxes (COCO)": _fraction(large, boxes)})
+            "small, by COCO": _fraction(small, boxes), "large, by COCO": _fraction(large, boxes)})
 
 def _as_lines(values): return "\n".join(f"  {name:25} {text}" for name, text in values.items())
 
@@ -65,10 +63,7 @@ def _median_and_range(values): # text
     low, median, high = np.percentile(values, (5, 50, 95))
     return f"{median:.3g} ({low:.3g} to {high:.3g})"
 
-def compute_statistics(
-    examples,   # with class_names
-    image_size, # side of the square in which they will be seen, pixels
-): # DatasetStatistics
+def compute_statistics(examples, image_size): # pixels -> DatasetStatistics
     "Count images and boxes; raises `InputError` if there is no image."
     sizes, crowds, columns = [], [], []
     for number, example in enumerate(examples):
@@ -86,9 +81,7 @@ def compute_statistics(
 
 # %% ../../nbs/reference/evaluate/statistics.ipynb #7055f1e9
 def assignment_coverage(
-    examples,
-    config,     # ModelConfig
-    targets,    # TargetConfig
+    examples, config, targets, # ModelConfig, TargetConfig
     sample=400, # images that are looked at, evenly spaced
 ): # dict of ints: images, boxes, no_location, outranked; (levels,): positives, assigned boxes
     "Count which boxes no location learns, and the positive locations and boxes of each level."
@@ -107,7 +100,7 @@ def assignment_coverage(
         boxes, labels = map(np.stack, zip(*padded))
         counts["boxes"] += int((labels >= 0).sum())
         for name, mask in unassigned_boxes(boxes, labels, config, targets).items():
-            counts[name] += int(np.sum(np.asarray(mask)))
+            counts[name] += int(np.asarray(mask).sum())
         index = np.asarray(assign_targets(boxes, labels, config, targets)["box"])
         image, location = np.nonzero(index >= 0)
         level = level_of[location]
@@ -137,11 +130,14 @@ def _plot(statistics, coverage): # DatasetStatistics, dict -> CompressedFigure
         axes[1].hist(np.sqrt(widths * heights), np.geomspace(1, size, 40))
         axes[1].set(xlabel=f"√area of a box at {size}, pixels", ylabel="boxes", xscale="log")
         axes[2].hist(np.clip(heights / widths, 1 / 8, 8), np.geomspace(1 / 8, 8, 40))
-        axes[2].set(xlabel="height / width of a box", ylabel="boxes", xscale="log")
-        axes[3].bar([*levels, "no\nlocation", "outranked"],
-                    [*coverage["assigned"], coverage["no_location"], coverage["outranked"]],
-                    color=[PALETTE[2]] * len(levels) + [PALETTE[3]] * 2)
-        axes[3].set(ylabel=f"boxes, of {coverage['boxes']:,}", xlabel="learned on")
+        axes[2].set(xlabel="height / width of a box", ylabel="boxes", xscale="log",
+                    xticks=(1 / 4, 1, 4), xticklabels=("1/4", "1", "4"))
+        axes[2].minorticks_off()
+        axes[3].barh([*levels, "no location", "outranked"],
+                     [*coverage["assigned"], coverage["no_location"], coverage["outranked"]],
+                     color=[PALETTE[2]] * len(levels) + [PALETTE[3]] * 2)
+        axes[3].set(xlabel=f"boxes, of {coverage['boxes']:,}")
+        axes[3].invert_yaxis()
     return CompressedFigure(figure, colors=96)
 
 def _outliers(statistics): # {reason: (image index, box index or None)}
@@ -170,10 +166,9 @@ def _draw_outliers(statistics, examples): # CompressedFigure
     return CompressedFigure(dpi=90, colors=128)
 
 def dataset_report(
-    examples, # with class_names
-    name,     # of the dataset
+    examples, name,  # of the dataset
     config, targets, # ModelConfig, TargetConfig
-    sample=400, # images for the coverage
+    sample=400,      # images for the coverage
 ): # name, text, [CompressedFigure]: a section for `statistics_page`
     "Describe a dataset in words, plots and unusual examples."
     statistics = compute_statistics(examples, config.image_size)

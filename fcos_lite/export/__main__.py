@@ -21,7 +21,14 @@ from .writer import compare_with_keras, export_detector
 # %% ../../nbs/reference/export/main.ipynb #5791cfb0
 @dataclass(frozen=True)
 class Options:
-    "Write a detector as a file for a runtime without Keras: images in, boxes out, with NMS inside."
+    """Write a detector as a file for a runtime without Keras: images in, boxes out, with NMS inside.
+
+    examples:
+      fcos-lite export --out person
+      fcos-lite export --format onnx --image-size 256 --out person-onnx
+      fcos-lite export --weights runs/first --precision int8 --calibration photographs/ --out small
+
+    --out then holds the graph and model.json, which says what goes in, what comes out, and by which thresholds."""
     out: str # a new folder for the graph and its model.json
     # folder of a run, a .weights.h5 file with its config.json beside it, or a name of shipped weights
     weights: str = "person"

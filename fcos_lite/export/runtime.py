@@ -181,17 +181,12 @@ class ExportedDetector:
 
 # %% ../../nbs/reference/export/runtime.ipynb #2807b29b
 def _nearest(a, b, tolerance): # one image's tables -> differences of boxes and scores, score of the best unmatched
-    boxes = scores = unmatched = 0.0
     distance = np.abs(a["boxes"][:, None] - b["boxes"]).max(-1)
     distance = np.where(a["labels"][:, None] == b["labels"], distance, np.inf)
-    for i in range(len(distance)):
-        j = int(distance[i].argmin()) if distance.shape[1] else None
-        if j is None or distance[i, j] > tolerance:
-            unmatched = max(unmatched, float(a["scores"][i]))
-            continue
-        boxes = max(boxes, float(distance[i, j]))
-        scores = max(scores, float(abs(a["scores"][i] - b["scores"][j])))
-    return boxes, scores, unmatched
+    if not distance.size: return 0.0, 0.0, a["scores"].max(initial=0.0)
+    distance, scores = distance.min(axis=1), np.abs(a["scores"] - b["scores"][distance.argmin(axis=1)])
+    matched = distance <= tolerance
+    return tuple(values.max(initial=0.0) for values in (distance[matched], scores[matched], a["scores"][~matched]))
 
 def difference(
     a, b, # tables of the same images: "boxes" (B, rows, 4), "scores" and "labels" (B, rows), "count" (B,)

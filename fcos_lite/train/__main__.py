@@ -5,17 +5,16 @@
 # %% auto #0
 __all__ = ['RunConfig', 'Options', 'train_detector', 'main']
 
-# %% ../../nbs/reference/train/main.ipynb #c9304840
+# %% ../../nbs/reference/train/main.ipynb #07e10bd4
 import dataclasses
 import json
-import math
 import sys
 import time
 from dataclasses import dataclass
 from typing import Literal
 import tyro
 from ..commands import parse_command
-from ..config import MODELS, RECIPES, REFERENCE, SCRATCH_RECIPE, ModelConfig, TrainConfig
+from ..config import MODELS, RECIPES, REFERENCE, SCRATCH_RECIPE, ModelConfig, TrainConfig, from_json
 from ..errors import InputError, run_command
 from ..files import folder_lock
 from ..scenes.scenes import World
@@ -80,9 +79,8 @@ class Options:
     training: TrainConfig = SCRATCH_RECIPE
     world: _Drawing = _Drawing()
 
-# %% ../../nbs/reference/train/main.ipynb #6d42d230
+# %% ../../nbs/reference/train/main.ipynb #18de45c2
 _PER_START = ("resume", "processes", "process_id", "coordinator", "gpu_memory_limit") # may differ when a run is resumed
-_GROUPS = ("run", "network", "training", "world")
 
 def _parse(words, begun=None): # list; Options of the run that is resumed -> Options
     "Parse the flags, with the presets' values or those of the resumed run as defaults."
@@ -96,21 +94,18 @@ def _parse(words, begun=None): # list; Options of the run that is resumed -> Opt
 
 def _command(options): # {option: value}
     "Return what config.json keeps of the options, beside the model and the recipe."
-    values = dataclasses.asdict(options)
-    run, world = values["run"], {name: value for name, value in values["world"].items() if name not in ("size", "class_names")}
-    return {name: value for name, value in values.items() if name not in _GROUPS} | run | world
-
-def _restore(kind, values): # dataclass; {field: value} -> an instance
-    names = {field.name for field in dataclasses.fields(kind)} & values.keys()
-    return kind(**{name: tuple(values[name]) if isinstance(values[name], list) else values[name] for name in names})
+    return {name: value for name, value in dataclasses.asdict(options).items() if name not in ("network", "training")}
 
 def _resume(run, words): # Run; list -> Options
     "Return the options that a run was begun with; raises `InputError` if a flag says otherwise."
     network, training, command = run.read_config()
-    parts = {"run": _restore(RunConfig, command), "world": _restore(_Drawing, command), "network": network, "training": training}
-    begun = dataclasses.replace(_restore(Options, {name: value for name, value in command.items() if name not in _GROUPS}), **parts)
+    groups = {name: from_json(kind, command.get(name, {})) for name, kind in (("run", RunConfig), ("world", _Drawing))}
+    begun = from_json(Options, command | groups | {"network": network, "training": training})
     options = _parse(words, dataclasses.replace(begun, stage=()))
-    def flat(options): return _command(options) | dataclasses.asdict(options.network) | options.training.flat()
+    def flat(options):
+        values = dataclasses.asdict(options)
+        world, run, network, _ = [values.pop(name) for name in ("world", "run", "network", "training")]
+        return values | world | run | network | options.training.flat()
     before, after = flat(begun), flat(options)
     for name in before:
         if name in (*_PER_START, "stage") or before[name] == after[name]: continue
@@ -119,7 +114,7 @@ def _resume(run, words): # Run; list -> Options
                          f"leave it out, or begin another run with --weights {options.resume}")
     return options
 
-# %% ../../nbs/reference/train/main.ipynb #c7683850
+# %% ../../nbs/reference/train/main.ipynb #ce5f832a
 def _draw_scenes(options): # two sequences of Example
     "Return scenes to learn from and a hundred others to validate on."
     from fcos_lite.data.example import Examples
@@ -128,7 +123,7 @@ def _draw_scenes(options): # two sequences of Example
     world = World(**drawn | {"size": network.image_size, "class_names": network.class_names})
     count = min(options.limit or options.scenes, options.scenes)
     if count < 1 or seed < 0:
-        raise InputError(f"--scenes {options.scenes}, --seed {seed}: draw at least one scene, with a seed of at least 0")
+        raise InputError(f"--scenes {options.scenes}, --seed {seed}: draw at least one scene, with a seed of 0 or more")
     train, validation = Scenes(count, seed, world), Scenes(min(count, 100), seed + 1_000_000, world)
     fits = 3 * count * world.size ** 2 < 2 ** 30 # drawn once, if a gigabyte holds them; else again in every epoch
     return (Examples(train, world.class_names) if fits else train), Examples(validation, world.class_names)
@@ -136,7 +131,8 @@ def _draw_scenes(options): # two sequences of Example
 def _load_data(options): # two sequences of Example
     "Return what is learned from and what is validated on."
     if options.data and options.records: raise InputError("--data and --records: give one of them")
-    if options.limit is not None and options.limit < 1: raise InputError(f"--limit {options.limit}: give at least 1 image")
+    if options.limit is not None and options.limit < 1:
+        raise InputError(f"--limit {options.limit}: give at least 1 image")
     network, fraction = options.network, options.training.validation_fraction
     if options.data:
         from fcos_lite.data.datasets import load_train_val
@@ -146,46 +142,20 @@ def _load_data(options): # two sequences of Example
         return read_train_val(options.records, network, options.limit, fraction)
     return _draw_scenes(options)
 
-# %% ../../nbs/reference/train/main.ipynb #a9df1945
-def _estimate(model, recipe, steps): # TrainableFCOS, compiled; TrainConfig; micro-batches -> text
-    "Estimate time and memory from the model and one forward pass."
-    import keras
-    import numpy as np
-    from fcos_lite.train.memory import estimate_memory, model_precision
-    from fcos_lite.train.trainer import has_gpu
-    size, batch_size = model.config.image_size, recipe.batch_size
-    needed = estimate_memory(model.config, model.count_params(), batch_size, model_precision(model),
-                             recipe.optimizer.gradient_accumulation_steps)
-    if has_gpu() or not math.isfinite(steps): return f"about {needed / 1e9:.1f} GB" # to compile for a guess takes too long
-    model.jit_compile = keras.backend.backend() != "tensorflow" # as it will be trained
-    images = np.zeros((batch_size, size, size, 3), "uint8")
-    model.predict_on_batch(images)
-    started = time.time()
-    model.predict_on_batch(images)
-    minutes = 3 * (time.time() - started) * steps / 60
-    duration = f"{minutes:.0f} minutes" if minutes < 120 else f"{minutes / 60:.0f} hours"
-    return f"about {duration} and {needed / 1e9:.1f} GB"
-
-def _initialize(run, model, config): # Run; TrainableFCOS; RunConfig
-    "Load the initial weights of a new run."
-    from fcos_lite.detector.pretrained import describe_backbone, load_pretrained_backbone
-    from fcos_lite.train.checkpoint import latest_checkpoint
-    from fcos_lite.train.finetuning import transfer_weights
-    if model.config.backbone != "reference": run.log(describe_backbone(model))
-    if latest_checkpoint(run.path): return
-    if config.backbone_weights: load_pretrained_backbone(model, config.backbone_weights)
-    if config.weights: run.log(str(transfer_weights(model, config.weights)))
-
-def _learn(run, train, validation, *, network, recipe, config, group, tracking): # as `_run_training` -> TrainableFCOS
+# %% ../../nbs/reference/train/main.ipynb #47e74140
+def _learn(run, train, validation, tracking, *, network, recipe, config, group): # -> TrainableFCOS
     "Train through all stages, from where the run's folder stands."
     import keras
     from fcos_lite.data.batches import Batches, CachedExamples, count_max_boxes
     from fcos_lite.data.tfrecord import RecordBatches, Records
+    from fcos_lite.detector.pretrained import load_pretrained_backbone
+    from fcos_lite.detector.profile import describe_backbone
     from fcos_lite.detector.targets import levels_without_boxes
     from fcos_lite.train.callbacks import EpochLogger, TimeBudget
-    from fcos_lite.train.checkpoint import run_identity
+    from fcos_lite.train.checkpoint import latest_checkpoint, run_identity
     from fcos_lite.train.distributed import SharedCheckpoint
-    from fcos_lite.train.memory import explain_memory
+    from fcos_lite.train.finetuning import transfer_weights
+    from fcos_lite.train.memory import estimate_memory, explain_memory, model_precision
     from fcos_lite.train.nan_guard import NonFiniteGuard
     from fcos_lite.train.stages import chunk_samples, plan_stages, remaining_stages, start_stage
     from fcos_lite.train.trainer import build_model, set_deterministic
@@ -193,11 +163,15 @@ def _learn(run, train, validation, *, network, recipe, config, group, tracking):
     plans = plan_stages(recipe, len(train))
     clock = TimeBudget(plans[0].recipe, config.minutes) if config.minutes is not None else None
     model = build_model(network, recipe, config.seed, config.precision)
-    _initialize(run, model, config)
-    steps = math.inf if clock else sum(plan.steps for plan in plans)
-    duration = f"{config.minutes:g} minutes in steps" if clock else f"{steps:,} steps"
-    run.log(f"{model.count_params():,} parameters, {len(train):,} images, {duration} of {recipe.batch_size}: "
-            f"{_estimate(model, recipe, steps)}")
+    if network.backbone != "reference": run.log(describe_backbone(model))
+    if not latest_checkpoint(run.path):
+        if config.backbone_weights: load_pretrained_backbone(model, config.backbone_weights)
+        if config.weights: run.log(str(transfer_weights(model, config.weights)))
+    parameters, accumulation = model.count_params(), recipe.optimizer.gradient_accumulation_steps
+    memory = estimate_memory(network, parameters, recipe.batch_size, model_precision(model), accumulation)
+    duration = f"{config.minutes:g} minutes in steps" if clock else f"{sum(plan.steps for plan in plans):,} steps"
+    run.log(f"{parameters:,} parameters, {len(train):,} images, {duration} of {recipe.batch_size}, "
+            f"about {memory / 1e9:.1f} GB")
     empty = levels_without_boxes(network, recipe.targets)
     if empty: run.log(f"note: no box of these images can be assigned to {', '.join(empty)}; see --level-areas")
     images = CachedExamples(train, network.image_size, network.pad_value) if config.in_memory else train
@@ -216,8 +190,8 @@ def _learn(run, train, validation, *, network, recipe, config, group, tracking):
             workers=config.workers, max_queue_size=4 * config.workers)
         start_stage(model, plan, by_clock=clock is not None)
         logger.current_stage = plan.index
-        checkpoint = SharedCheckpoint(group, run.path, model, batches, identity, every_seconds=config.checkpoint_seconds,
-                                      epoch_seconds=min(10, config.checkpoint_seconds), log=run.log, stage=plan.index)
+        checkpoint = SharedCheckpoint(group, run.path, model, batches, identity, log=run.log, stage=plan.index,
+                                      every_seconds=config.checkpoint_seconds)
         guard = NonFiniteGuard(run.path, batches, plan.recipe, log=run.log)
         callbacks = [guard, *([clock] if clock else []), logger, tracking]
         epochs = 1_000_000 if clock else plan.recipe.epochs
@@ -225,28 +199,29 @@ def _learn(run, train, validation, *, network, recipe, config, group, tracking):
         if batches.unreadable: run.log(str(batches.report))
     return model
 
-def _run_training(run, train, validation, *, network, recipe, config, group): # see `train_detector` -> FCOS
+def _run_training(run, train, validation, **how): # how: network, recipe, config, group -> FCOS
     "Train in the folder of a run, and evaluate its best weights."
     from fcos_lite.detector.weights import load_weights
     from fcos_lite.evaluate.evaluator import evaluate
     from fcos_lite.train.tracking import Tracking
+    config, group = how["config"], how["group"]
+    run.is_quiet = not group.is_main
     try:
         with folder_lock(run.path), Tracking(run, config.mlflow if group.is_main else None) as tracking:
             for examples in (train, validation):
                 if getattr(examples, "report", None): run.log(str(examples.report))
-            model = _learn(run, train, validation, network=network, recipe=recipe, config=config, group=group, tracking=tracking)
+            model = _learn(run, train, validation, tracking, **how)
             group.leave() # what remains is done by process 0 alone
             if not group.is_main: return model
             load_weights(model, run.path / "best.weights.h5")
-            if config.evaluate_every:
-                report = evaluate(model, validation, run.path)
-                metrics = ", ".join(f"{name} {report[name]:.3f}" for name in ("AP", "AP50", "AP75", "source_map75"))
-                run.log(f"{metrics} on {report['images']} images; all of it in {run.path}")
-            else: run.log(f"not evaluated; fcos-lite evaluate --weights {run.path} does it")
+            report = evaluate(model, validation, run.path) if config.evaluate_every else {}
+            text = ", ".join(f"{name} {report[name]:.3f}" for name in ("AP", "AP50", "AP75", "source_map75") if report)
+            text += f" on {report['images']} images" if report else "not evaluated; fcos-lite evaluate does it"
+            run.log(f"{text}; all of it in {run.path}")
             return model
     finally: run.roll_back() # whatever ended it before it began
 
-# %% ../../nbs/reference/train/main.ipynb #d4cc10be
+# %% ../../nbs/reference/train/main.ipynb #460e9a4a
 def train_detector(
     train, validation, # sequences of Example
     out,               # the run's folder, to be made
@@ -264,14 +239,15 @@ def train_detector(
     from fcos_lite.train.run import Run
     from fcos_lite.train.stages import plan_stages
     validate_pretrained(network, config.backbone_weights)
-    if config.minutes is not None and len(plan_stages(recipe, len(train))) > 1:
-        raise InputError("--minutes: a time budget is for one stage; leave out --minutes, or the stages (--epochs N is one stage)")
+    if len(plan_stages(recipe, len(train))) > 1 and config.minutes is not None:
+        raise InputError("--minutes: a time budget is for one stage; leave out --minutes, or the stages "
+                         "(--epochs N is one stage)")
     group = group or ProcessGroup()
     run = Run.create(group.folder(out), force)
-    run.write_config(network, recipe, command or dataclasses.asdict(config))
+    run.write_config(network, recipe, command or {"run": dataclasses.asdict(config)})
     return _run_training(run, train, validation, network=network, recipe=recipe, config=config, group=group)
 
-# %% ../../nbs/reference/train/main.ipynb #978c877b
+# %% ../../nbs/reference/train/main.ipynb #6fb28205
 def main(argv=None): # the evaluation, as evaluation.json holds it; None without one
     "Run the command `fcos-lite train`."
     words = sys.argv[1:] if argv is None else list(argv)
@@ -296,12 +272,11 @@ def main(argv=None): # the evaluation, as evaluation.json holds it; None without
         if not run and options.recipe == "reference" and not recipe.stages and not one_stage:
             recipe = recipe.change(stages=reference_stages(len(train)))
         values = {"network": options.network, "recipe": recipe, "config": options.run, "group": group}
-        group.announce(out)
         try:
             if run: _run_training(run, train, validation, **values)
             else: train_detector(train, validation, out, force=options.force, command=_command(options), **values)
         except KeyboardInterrupt as error:
-            if not isinstance(error, Stopped): print(f"stopped at once; to go on from the last checkpoint: fcos-lite train --resume {out}")
+            if not isinstance(error, Stopped): print(f"stopped at once; to go on: fcos-lite train --resume {out}")
             sys.exit(Stopped.code)
     if not (group.is_main and options.run.evaluate_every): return None
     with open(f"{out}/evaluation.json", encoding="utf-8") as file: return json.load(file)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['TimeBudget', 'EpochLogger']
 
-# %% ../../nbs/reference/train/callbacks.ipynb #f4113118
+# %% ../../nbs/reference/train/callbacks.ipynb #8d1cf749
 import contextlib
 import math
 import time
@@ -14,10 +14,10 @@ from ..errors import InputError
 from ..evaluate.evaluator import predict
 from ..evaluate.metrics import coco_evaluation, source_map75
 from .memory import most_resident
-from .optimizer import ema_weights, flush_accumulation, overflow_count
+from .optimizer import ema_weights, flush_accumulation, overflow_count, unwrap_optimizer
 from .trainer import schedule_for
 
-# %% ../../nbs/reference/train/callbacks.ipynb #f29e81b6
+# %% ../../nbs/reference/train/callbacks.ipynb #32e8d74c
 class TimeBudget(keras.callbacks.Callback):
     "Train for so many minutes: the recipe's learning rate by the clock, then stop."
     counters = "spent", "first"
@@ -29,8 +29,7 @@ class TimeBudget(keras.callbacks.Callback):
     ):
         super().__init__()
         if not minutes > 0: raise InputError(f"minutes {minutes}: give a time above 0")
-        self.minutes = minutes
-        self.now = now
+        self.minutes, self.now = minutes, now
         self.schedule = schedule_for(recipe, 10_000)
         self.spent = 0.0  # minutes until the last epoch ended
         self.first = None # minutes until the first epoch ended
@@ -39,22 +38,19 @@ class TimeBudget(keras.callbacks.Callback):
     def left(self): # minutes
         return self.minutes - self.spent - (self.now() - self.began) / 60
 
-    @property
-    def progress(self): # in [0, 1], of the time after the first epoch
-        return 0.0 if self.first is None else 1 - self.left / (self.minutes - self.first)
-
     def on_train_begin(self, logs=None): self.began = self.now()
 
     def on_epoch_begin(self, epoch, logs=None):
-        optimizer = getattr(self.model.optimizer, "inner_optimizer", self.model.optimizer)
-        optimizer.learning_rate = float(keras.ops.convert_to_numpy(self.schedule(10_000 * self.progress)))
+        progress = 0.0 if self.first is None else 1 - self.left / (self.minutes - self.first) # after the first epoch
+        rate = keras.ops.convert_to_numpy(self.schedule(10_000 * progress))
+        unwrap_optimizer(self.model.optimizer).learning_rate = float(rate)
 
     def on_epoch_end(self, epoch, logs=None):
         self.spent, self.began = self.minutes - self.left, self.now()
         if self.first is None: self.first = min(self.spent, 0.99 * self.minutes)
         if self.left <= 0: self.model.stop_training = True
 
-# %% ../../nbs/reference/train/callbacks.ipynb #4f821a43
+# %% ../../nbs/reference/train/callbacks.ipynb #d76ffd2f
 _EMA_METRICS = "val_loss", "val_cls", "AP", "AP50", "AP75", "source_map75" # what may be monitored
 
 def _validate(model, examples): # FCOS; sequence of Example -> {"val_loss": ..., "AP": ..., ...}
@@ -79,13 +75,8 @@ class EpochLogger(keras.callbacks.Callback):
         samples=(),       # of the chunks: [(name, index of the first stage that learns from it, examples)]
     ):
         super().__init__()
-        self.run = run
-        self.validation = validation
-        self.recipe = recipe
-        self.plans = plans
-        self.evaluate_every = evaluate_every
-        self.clock = clock
-        self.samples = samples
+        self.run, self.recipe, self.plans, self.clock = run, recipe, plans, clock
+        self.validation, self.samples, self.evaluate_every = validation, samples, evaluate_every
         self.current_stage = 0        # index, set before each stage
         self.stage = None             # index of the stage that the counters are of
         self.best = -math.inf         # value of `monitor`, more is better
@@ -123,7 +114,7 @@ class EpochLogger(keras.callbacks.Callback):
         if self.evaluate_every and ((epoch + 1) % self.evaluate_every == 0 or is_last):
             row |= self._evaluate()
             note = self.update_best(row)
-            if self.patience_exhausted: flush_accumulation(self.model.optimizer) # the row tells of the weights before it
+            if self.patience_exhausted: flush_accumulation(self.model.optimizer) # the row is of the weights before it
         self._save("last")
         if self.has_ema: self._save("last-ema", use_ema=True)
         self.run.write_row(row)
@@ -141,18 +132,15 @@ class EpochLogger(keras.callbacks.Callback):
 
     def steps_left(self): return self.began + self.plans[self.current_stage].steps - self.step # of the stage
 
-    def minutes_left(self, seconds_per_step=None): # of the run
+    def minutes_left(self, seconds=None): # of a step -> of the run
         if self.clock: return max(0.0, self.clock.left)
-        if seconds_per_step is None:
-            seconds_per_step = (time.time() - self.started) / max(1, self.step - self.first_step)
-        steps = self.steps_left() + sum(plan.steps for plan in self.plans[self.current_stage + 1:])
-        return seconds_per_step * steps / 60
+        if seconds is None: seconds = (time.time() - self.started) / max(1, self.step - self.first_step)
+        return seconds * (self.steps_left() + sum(plan.steps for plan in self.plans[self.current_stage + 1:])) / 60
 
-    def _announce(self, seconds_per_step):
+    def _announce(self, seconds): # of a step
         "If the run takes long, say so before its first epoch has ended."
-        minutes = self.minutes_left(seconds_per_step)
-        if minutes > 30 and not self.clock:
-            self.run.log(f"{seconds_per_step:.2f} s a step: about {minutes:.0f} minutes without the evaluations")
+        minutes = self.minutes_left(seconds)
+        if minutes > 30 and not self.clock: self.run.log(f"{seconds:.2f} s a step: about {minutes:.0f} minutes")
 
     def _speed(self):
         rate = float(keras.ops.convert_to_numpy(self.model.optimizer.learning_rate))

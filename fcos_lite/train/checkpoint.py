@@ -23,7 +23,7 @@ from ..files import atomic_write
 from ..scenes.scenes import Scenes
 from .run import resumable
 
-# %% ../../nbs/reference/train/checkpoint.ipynb #99505f0a
+# %% ../../nbs/reference/train/checkpoint.ipynb #1b6a935d
 def model_variables(model): # {name: keras.Variable}
     "Return every variable that a training step reads or writes; the optimizer must be built."
     owners = {"model": model.variables, "metrics": model.metrics_variables,
@@ -36,32 +36,22 @@ def model_state(model): # {name: array}
     if keras.backend.backend() == "jax": model.jax_state_sync() # its `fit` keeps the values elsewhere
     return {name: keras.ops.convert_to_numpy(variable) for name, variable in model_variables(model).items()}
 
-def load_state(
-    model,  # keras.Model, compiled, its optimizer built
-    arrays, # {name: array}, as `model_state` returns them
-    path,   # what an error calls them
-):
+def load_state(model, arrays, path): # compiled model; as `model_state` returns them; what an error calls them
     "Restore model, optimizer and metrics; raises `InputError` if names or shapes differ."
     variables = model_variables(model)
-    differences = [f"{name} only there" for name in sorted(arrays.keys() - variables.keys())]
-    differences += [f"{name} only here" for name in sorted(variables.keys() - arrays.keys())]
-    for name in arrays.keys() & variables.keys():
-        there, here = arrays[name].shape, tuple(variables[name].shape)
-        if there != here: differences.append(f"{name} is {there} there and {here} here")
+    differences = diff_identity({"shape": {name: array.shape for name, array in arrays.items()}},
+                                {"shape": {name: tuple(variable.shape) for name, variable in variables.items()}})
     if differences:
         raise InputError(f"{path}: holds another model or optimizer: {'; '.join(differences[:3])}; "
                          "resume with the model, recipe and precision that the run began with")
     for name, variable in variables.items(): variable.assign(arrays[name])
 
-# %% ../../nbs/reference/train/checkpoint.ipynb #f88aeba0
+# %% ../../nbs/reference/train/checkpoint.ipynb #46fec239
 LAST, PREVIOUS = "checkpoint.npz", "checkpoint-previous.npz"
 _FORMAT = 1 # another number, another meaning
 _CHECKSUM_BYTES = 64
 
-def serialize(
-    about,  # dictionary that JSON can hold
-    arrays, # {name: array}
-): # bytes of a checkpoint
+def serialize(about, arrays): # dictionary that JSON can hold; {name: array} -> bytes of a checkpoint
     "Return a checkpoint's content, with its checksum at the end."
     file = io.BytesIO()
     np.savez(file, about=np.array(json.dumps({"format": _FORMAT, **about}, default=float)), **arrays)
@@ -71,7 +61,7 @@ def deserialize(data, path): # bytes; what an error calls them -> about, {name: 
     "Return what `serialize` was given; raises `InputError` if the checksum or the format does not match."
     content, checksum = data[:-_CHECKSUM_BYTES], data[-_CHECKSUM_BYTES:]
     if hashlib.sha256(content).hexdigest().encode() != checksum:
-        raise InputError(f"{path}: damaged or cut off, its last {_CHECKSUM_BYTES} bytes are not the SHA-256 of the others; "
+        raise InputError(f"{path}: damaged or cut off, the SHA-256 at its end is not that of the rest; "
                          f"remove it to go on from the one before it, {PREVIOUS}, if there is one")
     with np.load(io.BytesIO(content), allow_pickle=False) as file: arrays = dict(file)
     about = json.loads(str(arrays.pop("about")))
@@ -80,9 +70,7 @@ def deserialize(data, path): # bytes; what an error calls them -> about, {name: 
                          "resume with the version that the run began with")
     return about, arrays
 
-def read_checkpoint(path): # about, {name: array}
-    "Read a checkpoint; raises `InputError` if it is damaged."
-    return deserialize(Path(path).read_bytes(), path)
+def read_checkpoint(path): return deserialize(Path(path).read_bytes(), path) # about, {name: array}
 
 def latest_checkpoint(folder): # Path of a checkpoint, or None
     "Return the checkpoint to go on from."
@@ -92,11 +80,7 @@ def write_checkpoint(folder, data): # of the run; bytes
     "Make this the last checkpoint and the last one the previous; raises `InputError` if it cannot be written."
     last = Path(folder) / LAST
     if last.exists(): os.replace(last, last.with_name(PREVIOUS))
-    try:
-        with resumable(last): atomic_write(last, data)
-    except InputError as error:
-        raise InputError(f"{error}, for {latest_checkpoint(folder) or 'nothing'} is whole; "
-                         f"three checkpoints need {3 * len(data) / 1e6:.0f} MB") from error
+    with resumable(last): atomic_write(last, data)
 
 # %% ../../nbs/reference/train/checkpoint.ipynb #d60157cb
 def dataset_checksum(examples): # 16 hexadecimal digits
@@ -130,14 +114,12 @@ def diff_identity(theirs, ours): # list of texts, empty if the identities are th
             if pair[0] != pair[1]: differences.append(f"{part}.{field} is {pair[0]} there and {pair[1]} here")
     return differences
 
-# %% ../../nbs/reference/train/checkpoint.ipynb #441c7e5e
+# %% ../../nbs/reference/train/checkpoint.ipynb #924983f0
 class _RemainingBatches(keras.utils.PyDataset):
     "The rest of an epoch."
     def __init__(self, batches, first): # Batches; index of the next batch
-        super().__init__(workers=batches.workers, use_multiprocessing=batches.use_multiprocessing,
-                         max_queue_size=batches.max_queue_size)
-        self.batches = batches
-        self.first = first
+        super().__init__(workers=batches.workers, max_queue_size=batches.max_queue_size)
+        self.batches, self.first = batches, first
 
     def __len__(self): return len(self.batches) - self.first
     def __getitem__(self, index): return self.batches[self.first + index]
@@ -146,9 +128,7 @@ class _RemainingBatches(keras.utils.PyDataset):
 
 class _StopRequest:
     "Note Ctrl-C and SIGTERM in `number` while the block runs; a second one interrupts at once."
-    def __init__(self, signals=(signal.SIGINT, signal.SIGTERM)):
-        self.signals = signals
-        self.number = None
+    def __init__(self, signals=(signal.SIGINT, signal.SIGTERM)): self.signals, self.number = signals, None
 
     def __enter__(self):
         is_main = threading.current_thread() is threading.main_thread() # elsewhere Python takes no signals
@@ -167,7 +147,7 @@ class Stopped(KeyboardInterrupt):
     "A run was asked to stop and has saved everything; its process should exit with `code`."
     code = 128 + signal.SIGINT # as shells do
 
-# %% ../../nbs/reference/train/checkpoint.ipynb #4ed93e1a
+# %% ../../nbs/reference/train/checkpoint.ipynb #e76ae7a5
 class Checkpoint(keras.callbacks.Callback):
     "Keep the state of a run in its folder, and go on from there. Callbacks list in `counters` the attributes to keep."
     def __init__(self,
@@ -176,22 +156,15 @@ class Checkpoint(keras.callbacks.Callback):
         batches,  # Batches, to learn from
         identity, # as `run_identity` returns it
         *,
-        every_seconds=300,    # between two checkpoints
+        every_seconds=300,    # between two checkpoints; an epoch that ends sooner than 10 s after one makes none
         every_steps=math.inf, # micro-batches between two checkpoints
-        epoch_seconds=0,      # no checkpoint for an epoch that ends sooner after one, except the last
         log=print,            # takes a line
         stage=0,              # index; each but the first begins with the weights that the one before ends with
     ):
         super().__init__()
         self.set_model(model)
-        self.folder = Path(folder)
-        self.batches = batches
-        self.identity = identity
-        self.every_seconds = every_seconds
-        self.every_steps = every_steps
-        self.epoch_seconds = epoch_seconds
-        self.log = log
-        self.stage = stage
+        self.folder, self.batches, self.identity, self.log, self.stage = Path(folder), batches, identity, log, stage
+        self.every_seconds, self.every_steps, self.epoch_seconds = every_seconds, every_steps, min(10, every_seconds)
         self.request = _StopRequest()
         self.epoch = 0      # done, of the whole run
         self.batch = 0      # done, of this epoch
@@ -208,7 +181,8 @@ class Checkpoint(keras.callbacks.Callback):
         "Run `model.fit` from where the folder stands to the end of the stage; raises `Stopped` if that was asked for."
         self.counting = [callback for callback in callbacks if hasattr(callback, "counters")]
         if self.restore():
-            self.log(f"going on after step {self.step}: epoch {self.epoch + 1}, batch {self.batch + 1} of {len(self.batches)}")
+            place = f"epoch {self.epoch + 1}, batch {self.batch + 1} of {len(self.batches)}"
+            self.log(f"going on after step {self.step}: {place}")
         else: self.save()
         epochs += self.began[0]
         with self.request:
@@ -219,8 +193,7 @@ class Checkpoint(keras.callbacks.Callback):
                                shuffle=False, **arguments)
                 self.restore() # Keras has put an EMA in the place of the weights, if there is one
 
-    def fit_model(self, data, callbacks, **arguments):
-        "Run `model.fit`; a subclass may do something around it."
+    def fit_model(self, data, callbacks, **arguments): # a subclass does something around it
         self.model.fit(data, callbacks=callbacks, **arguments)
 
     def save(self):
@@ -228,7 +201,7 @@ class Checkpoint(keras.callbacks.Callback):
         metrics = self.folder / "metrics.csv"
         about = {"identity": self.identity, "stage": self.stage, "began": self.began, "step": self.step,
                  "epoch": self.epoch, "batch": self.batch, "done": self.done,
-                 "unreadable": [(int(image_id), error) for image_id, error in getattr(self.batches, "unreadable", {}).items()],
+                 "unreadable": [(int(key), error) for key, error in getattr(self.batches, "unreadable", {}).items()],
                  "metrics": metrics.read_bytes().decode() if metrics.exists() else None,
                  "counters": {type(callback).__name__: {name: getattr(callback, name) for name in callback.counters}
                               for callback in self.counting}}
@@ -258,8 +231,8 @@ class Checkpoint(keras.callbacks.Callback):
         self.batches.epoch, self.batches.begun = self.epoch, False
         self.batches.unreadable = dict(about["unreadable"] if begun else ())
         metrics = self.folder / "metrics.csv"
-        if about["metrics"] is None: metrics.unlink(missing_ok=True)
-        else: atomic_write(metrics, about["metrics"])
+        if about["metrics"]: atomic_write(metrics, about["metrics"])
+        else: metrics.unlink(missing_ok=True)
         self.saved, self.saved_step = time.monotonic(), self.step
         return begun
 
@@ -273,8 +246,8 @@ class Checkpoint(keras.callbacks.Callback):
     def on_train_batch_end(self, batch, logs=None):
         self.batch += 1
         if self.batch == len(self.batches): return # the epoch's end follows, and saves
-        steps, seconds = self.step - self.saved_step, time.monotonic() - self.saved
-        self._finish_step(steps >= self.every_steps or seconds >= self.every_seconds)
+        seconds = time.monotonic() - self.saved
+        self._finish_step(seconds >= self.every_seconds or self.step - self.saved_step >= self.every_steps)
 
     def on_epoch_end(self, epoch, logs=None):
         self.epoch, self.batch, self.done = epoch + 1, 0, self.model.stop_training
@@ -287,6 +260,5 @@ class Checkpoint(keras.callbacks.Callback):
         stop = self.stop_requested()
         if is_due or stop: self.save()
         if not stop: return
-        message = f"stopped after step {self.step}, all saved; to go on: fcos-lite train --resume {self.folder}"
-        self.log(message)
-        raise Stopped(message)
+        self.log(f"stopped after step {self.step}, all saved; to go on: fcos-lite train --resume {self.folder}")
+        raise Stopped

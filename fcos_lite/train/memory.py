@@ -17,7 +17,7 @@ import keras
 from ..detector.profile import activation_size
 from ..errors import InputError
 
-# %% ../../nbs/reference/train/memory.ipynb #ea4f9d69
+# %% ../../nbs/reference/train/memory.ipynb #d17b50b3
 def count_activations(
     config, # ModelConfig
 ): # {"C1": ..., "P2": ..., "heads on P2": ...}
@@ -28,11 +28,12 @@ def count_activations(
         shortcut = 2 * filters if level > 2 or channels != 2 * filters else 0
         counts[f"C{level}"] = cells(level) * (20 * filters * blocks + shortcut)
         channels = 2 * filters
-    if config.backbone != "reference": counts = {"backbone": activation_size(config.backbone, config.image_size)}
+    if config.backbone != "reference":
+        counts = {"backbone": activation_size(config.backbone, config.image_size)}
     finest = round(math.log2(config.strides[0]))
     for level in range(finest, max(6, finest + len(config.strides))):
         used = 2**level in config.strides
-        maps = 3 * (level <= 5) + 4 * (level < 5) + 3 * used            # lateral; merged with the coarser; smoothed
+        maps = 3 * (level <= 5) + 4 * (level < 5) + 3 * used   # lateral; merged with the coarser; smoothed
         counts[f"P{level}"] = cells(level) * config.pyramid_channels * maps
         if used:
             towers = 6 * config.tower_depth * config.tower_channels
@@ -52,13 +53,13 @@ def estimate_memory(
     copies = 4 + (gradient_accumulation_steps > 1)   # weight, gradient, Adam's two means; waiting gradients
     return 4 * parameters * copies + 1.5 * size * batch_size * sum(count_activations(config).values())
 
-# %% ../../nbs/reference/train/memory.ipynb #4f2ac660
+# %% ../../nbs/reference/train/memory.ipynb #aa9ceaf5
 def model_precision(model): # float32, mixed_float16 or mixed_bfloat16
     "Return the precision that a detector computes in."
     return model.fpn.layers[-1].dtype_policy.name
 
 def memory_advice(config, parameters, batch_size, precision, gradient_accumulation_steps): # lines
-    "Return up to three settings that need less memory, each with its estimate; takes what `estimate_memory` takes."
+    "Return up to three settings that need less memory, each with its estimate."
     half, step = max(1, batch_size // 2), max(32, config.strides[-1])
     more = math.ceil(batch_size * gradient_accumulation_steps / half)
     sizes = [max(step, config.image_size * quarters // 4 // step * step) for quarters in (3, 2)]
@@ -70,17 +71,17 @@ def memory_advice(config, parameters, batch_size, precision, gradient_accumulati
         smaller = replace(config, image_size=size)
         settings[f"--image-size {size}"] = smaller, batch_size, precision, gradient_accumulation_steps
     now = estimate_memory(config, parameters, batch_size, precision, gradient_accumulation_steps)
-    estimates = {flags: estimate_memory(config, parameters, *others) for flags, (config, *others) in settings.items()}
-    lines = [f"  {flags:34} about {needed / 1e9:.1f} GB" for flags, needed in estimates.items() if needed < now]
-    first = f"about {now / 1e9:.1f} GB for {batch_size} images of {config.image_size}² in {precision}; what helps:"
-    return "\n".join([first, *lines[:3]])
+    needed = {flags: estimate_memory(other, parameters, *rest) for flags, (other, *rest) in settings.items()}
+    lines = [f"  {flags:34} about {size / 1e9:.1f} GB" for flags, size in needed.items() if size < now]
+    images = f"{batch_size} images of {config.image_size}² in {precision}"
+    return "\n".join([f"about {now / 1e9:.1f} GB for {images}; what helps:", *lines[:3]])
 
 @contextlib.contextmanager
 def explain_memory(
     model,  # FCOS
     recipe, # TrainConfig
 ):
-    "Turn an out-of-memory error inside the block into an `InputError` that names the settings that help."
+    "Turn an out-of-memory error into an `InputError` that names the settings that help."
     try: yield
     except Exception as error:
         full = type(error).__name__ == "ResourceExhaustedError" or "RESOURCE_EXHAUSTED" in str(error)
@@ -89,20 +90,15 @@ def explain_memory(
                                recipe.optimizer.gradient_accumulation_steps)
         raise InputError(f"out of memory: a training step needs {advice}") from error
 
-# %% ../../nbs/reference/train/memory.ipynb #898c9ad2
-def resident(): # megabytes
-    "Return the memory that this process holds now; without /proc, the most that it has held."
-    if os.path.exists("/proc/self/statm"):
-        with open("/proc/self/statm") as file: return int(file.read().split()[1]) * resource.getpagesize() / 1e6
-    return most_resident()
-
+# %% ../../nbs/reference/train/memory.ipynb #466e227b
 def most_resident(): # megabytes
     "Return the most memory that this process has held."
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e6
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e6
 
-# %% ../../nbs/reference/train/memory.ipynb #30a2d822
-def keep_freed_memory(): # bool: whether this process has glibc's allocator, and the setting took effect
-    """Let the allocator keep freed memory for the next step instead of returning it to the system: fewer page faults.
+# %% ../../nbs/reference/train/memory.ipynb #8090c2af
+def keep_freed_memory(): # bool: whether the setting took effect, which it does with glibc
+    """Let the allocator keep freed memory for the next step: fewer page faults.
 
     Does nothing if the environment sets `MALLOC_MMAP_MAX_` or `MALLOC_TRIM_THRESHOLD_`."""
     M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4                      # their numbers in malloc.h

@@ -40,7 +40,7 @@ class NonFiniteLatch(keras.metrics.Metric):
         "Return 1 while all losses were finite, then NaN."
         return ops.where(ops.equal(self.good, self.seen), 1.0, math.nan)
 
-# %% ../../nbs/reference/train/nan_guard.ipynb #7e726017
+# %% ../../nbs/reference/train/nan_guard.ipynb #b7b1cbbb
 def layer_outputs(
     model, # FCOS
     image, # (B, S, S, 3) in [0, 1]
@@ -48,7 +48,8 @@ def layer_outputs(
     "Compute the network layer by layer."
     yield "the image", image
     layers, heads = model.fpn.layers[1:], model.heads
-    outputs, levels = keras.Model(model.fpn.inputs, ([layer.output for layer in layers], model.fpn.outputs))([image])
+    inner = [layer.output for layer in layers]
+    outputs, levels = keras.Model(model.fpn.inputs, (inner, model.fpn.outputs))([image])
     yield from ((layer.name, output) for layer, output in zip(layers, outputs))
     for stride, level, scale in zip(model.config.strides, levels, heads.scales):
         place = f"on P{int(math.log2(stride))}"
@@ -60,7 +61,7 @@ def layer_outputs(
         names = (f"{layer.name} {place}" for layer in (heads.classes, heads.distances, heads.centers))
         yield from zip(names, heads.one_level(level, scale))
 
-# %% ../../nbs/reference/train/nan_guard.ipynb #0b40ccd7
+# %% ../../nbs/reference/train/nan_guard.ipynb #cd0b59b4
 def diagnose(
     model,        # TrainableFCOS
     batch,        # {"image", "boxes", "labels"}
@@ -72,7 +73,8 @@ def diagnose(
     layers = [(name, 1 - float(ops.mean(ops.cast(ops.isfinite(output), "float32"))))
               for name, output in layer_outputs(model, images / 255)]
     losses = model.compute_losses(model(images), y["boxes"], y["labels"])
-    return {"losses": {name: float(losses[name]) for name in ("cls", "ltrb", "centerness")}, "layers": layers}
+    losses = {name: float(losses[name]) for name in ("cls", "ltrb", "centerness")}
+    return {"losses": losses, "layers": layers}
 
 def format_diagnosis(
     findings,  # as `diagnose` returns them
@@ -87,20 +89,20 @@ def format_diagnosis(
     elif first: remedy = "a lower --learning-rate or --clip-norm, or more --warmup-steps"
     elif losses: remedy = "all layers are finite, so look at the boxes of these images"
     else: remedy = "a lower --learning-rate, or another --precision; all is finite but the gradient"
-    return (f"  non-finite losses: {', '.join(losses) or 'none'}\n  first non-finite layer: {first or 'none'}\n"
-            f"  what helps: {remedy}")
+    return (f"  non-finite losses: {', '.join(losses) or 'none'}\n"
+            f"  first non-finite layer: {first or 'none'}\n  what helps: {remedy}")
 
-# %% ../../nbs/reference/train/nan_guard.ipynb #f1ddcee3
-class NonFiniteLossError(InputError): # an InputError, so that a command ends with its message and exit code 2
-    "A loss or its gradient was NaN or infinite: `findings` says where, `folder` holds what `replay` needs."
+# %% ../../nbs/reference/train/nan_guard.ipynb #2e1c9c70
+class NonFiniteLossError(InputError): # so that a command ends with its message and exit code 2
+    "A loss or its gradient was NaN or infinite; `findings` says where, `folder` is for `replay`."
 
 def _save_failing_batch(folder, model, recipe, **arrays):
     "Save all that a step reads, except the optimizer's state."
     folder.mkdir(parents=True, exist_ok=True)
     save_weights(model, folder / "broken.weights.h5")
     np.savez(folder / "batch.npz", **arrays)
-    write_json(folder / "config.json",
-               {"model": asdict(model.config), "recipe": asdict(recipe), "precision": model_precision(model)})
+    config = {"model": asdict(model.config), "recipe": asdict(recipe), "precision": model_precision(model)}
+    write_json(folder / "config.json", config)
 
 def replay(
     folder, # that a `NonFiniteLossError` names
@@ -118,7 +120,7 @@ def replay(
     with np.load(folder / "batch.npz", allow_pickle=False) as file: batch = dict(file)
     return diagnose(model, batch, batch["random_state"])
 
-# %% ../../nbs/reference/train/nan_guard.ipynb #fef9646c
+# %% ../../nbs/reference/train/nan_guard.ipynb #c1274ff4
 def explain_no_positives(
     model, # FCOS
     batch, # {"boxes", "labels"}
@@ -127,7 +129,8 @@ def explain_no_positives(
     config, real = model.config, batch["labels"] >= 0
     boxes, labels = batch["boxes"][real], batch["labels"][real]
     if not len(boxes):
-        return f"  no boxes: are the names in the annotations those of the network, {', '.join(config.class_names)}?"
+        names = ", ".join(config.class_names)
+        return f"  no boxes: are the names in the annotations those of the network, {names}?"
     unassigned = unassigned_boxes(batch["boxes"], batch["labels"], config, model.target_config)
     no_location = np.asarray(unassigned["no_location"])[real]
     sides = boxes[:, 2:] - boxes[:, :2]
@@ -137,16 +140,16 @@ def explain_no_positives(
         f"have a label above {config.num_classes - 1} ({config.class_names[-1]}), up to {labels.max()}; "
         "labels are counted from 0": labels >= config.num_classes,
         "lie within 0 ... 1, as fractions of an image do; boxes are in pixels": boxes.max(1) <= 1,
-        "end before they begin; x, y, width, height, where two corners are needed?": (sides <= 0).any(1),
-        f"lie outside of the {config.image_size} pixels of the image; pixels of an image of another size?": outside,
-        f"hold no location; half of all are under {median:.1f} pixels, and a cell is {config.strides[0]} wide or more":
-            no_location & (sides > 0).all(1),
+        "end before they begin; x, y, width, height instead of two corners?": (sides <= 0).any(1),
+        f"lie outside of the {config.image_size} pixels; of an image of another size?": outside,
+        f"hold no location; half of all are under {median:.1f} pixels, and a cell is "
+        f"{config.strides[0]} wide or more": no_location & (sides > 0).all(1),
     }
-    lines = [f"  {which.sum()} of {len(boxes)} boxes {cause}" for cause, which in causes.items() if which.any()]
-    if lines: return "\n".join(lines)
-    return f"  its {len(boxes)} boxes are sound; does the augmentation drop them all (--min-visibility, --zoom)?"
+    found = [f"  {which.sum()} of {len(boxes)} boxes {cause}" for cause, which in causes.items() if which.any()]
+    return "\n".join(found) or (f"  its {len(boxes)} boxes are sound; "
+                                "does the augmentation drop them all (--min-visibility, --zoom)?")
 
-# %% ../../nbs/reference/train/nan_guard.ipynb #7f0620c7
+# %% ../../nbs/reference/train/nan_guard.ipynb #2b65bd38
 class NonFiniteGuard(keras.callbacks.Callback):
     """Stops a run at the first non-finite loss or gradient and saves what replays it.
 
@@ -180,7 +183,8 @@ class NonFiniteGuard(keras.callbacks.Callback):
     def look(self, ended=False):
         "Raise `NonFiniteLossError` if a loss or its gradient was non-finite."
         model, optimizer = self.model, self.model.optimizer
-        if keras.backend.backend() == "jax": model.jax_state_sync()   # its `fit` keeps the values elsewhere
+        # on JAX `fit` keeps the values elsewhere
+        if keras.backend.backend() == "jax": model.jax_state_sync()
         good, seen = int(_to_float(model.latch.good)), int(_to_float(model.latch.seen))
         skipped = int(_to_float(getattr(unwrap_optimizer(optimizer), "skipped", 0)))
         if skipped or good < seen:
@@ -200,7 +204,7 @@ class NonFiniteGuard(keras.callbacks.Callback):
         elif not self.warned and (idle >= self.every or (ended and seen > 0 and idle == seen)):
             self.warned = True
             causes = explain_no_positives(self.model, self.whole_batch(seen - 1))
-            self.log(f"warning: in the last {idle} steps no location was positive; in the last batch\n{causes}")
+            self.log(f"warning: no location was positive in the last {idle} steps; in the last batch\n{causes}")
 
     def stop(self, index, seen, what):
         "Save what replays the batch, and raise `NonFiniteLossError`."
@@ -210,11 +214,12 @@ class NonFiniteGuard(keras.callbacks.Callback):
         draws = ops.convert_to_numpy(state) - now        # of one step; every step draws as often
         before = now - (seen - index) * draws
         folder = self.folder / f"broken-epoch-{self.epoch + 1}-batch-{index + 1}"
-        _save_failing_batch(folder, model, self.recipe, **batch, epoch=self.epoch, index=index, random_state=before)
+        position = dict(epoch=self.epoch, index=index, random_state=before)
+        _save_failing_batch(folder, model, self.recipe, **batch, **position)
         findings = diagnose(model, batch, before)
         state.assign(now)
         optimizer = unwrap_optimizer(model.optimizer)
-        if hasattr(optimizer, "skipped"): optimizer.skipped.assign(0)   # training may go on with this model
+        if hasattr(optimizer, "skipped"): optimizer.skipped.assign(0)   # training may go on
         error = NonFiniteLossError("\n".join([
             f"epoch {self.epoch + 1}, batch {index + 1} of {len(self.batches)}: {what} is NaN or infinite; "
             "stopped with the weights as they were before it",

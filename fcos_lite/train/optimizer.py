@@ -16,26 +16,26 @@ from ..errors import InputError
 # All uses of Keras' private names in this library are in this module; tried with Keras 3.15.
 @keras.saving.register_keras_serializable("fcos_lite")
 class MultiRateAdamW(keras.optimizers.AdamW):
-    """AdamW (Loshchilov and Hutter 2019) with a learning-rate multiplier for each variable, and an EMA of the weights.
+    """AdamW (Loshchilov and Hutter 2019) with a rate for each variable, and an EMA of the weights.
 
-    From the first non-finite gradient on all updates are skipped and counted, until `skipped` is set to 0."""
+    From the first non-finite gradient on it skips and counts all updates, until `skipped` is 0."""
     def __init__(self,
         learning_rate,           # float, or a schedule: micro-batches done to the rate
         lr_multipliers=None,     # one for each variable, 0 or more; all 1 if None
         decay_variables="all",   # all, or kernels: no biases, norms, scales
-        ema_momentum=0.0,        # fraction of the EMA of the weights kept at each update, below 1; 0: no EMA
+        ema_momentum=0.0,        # fraction of the EMA kept at each update, below 1; 0: no EMA
         **kwargs,                # to keras.optimizers.AdamW
     ):
         super().__init__(learning_rate, **kwargs)
         if decay_variables not in ("all", "kernels"):
             raise InputError(f"decay_variables {decay_variables!r}: choose all or kernels")
         if min(lr_multipliers or (1,)) < 0:
-            raise InputError(f"lr_multipliers: {min(lr_multipliers)} is below 0, and would climb the loss")
+            raise InputError(f"lr_multipliers: {min(lr_multipliers)} is below 0")
         if not 0 <= ema_momentum < 1:
             raise InputError(f"ema_momentum {ema_momentum}: "
                              "must be at least 0 and below 1, at which it would never move")
-        self.lr_multipliers, self.decay_variables = lr_multipliers and tuple(lr_multipliers), decay_variables
-        self.ema_momentum = ema_momentum
+        self.lr_multipliers = lr_multipliers and tuple(lr_multipliers)
+        self.decay_variables, self.ema_momentum = decay_variables, ema_momentum
 
     def build(self, variables):
         if self.built: return
@@ -43,22 +43,23 @@ class MultiRateAdamW(keras.optimizers.AdamW):
             raise InputError(f"lr_multipliers: {len(self.lr_multipliers)} for {len(variables)} variables; "
                              "give one for each")
         super().build(variables)
-        def copy_of(variable): return lambda shape, dtype: ops.copy(variable)
-        averaged = variables if self.ema_momentum else []
-        self.ema = [self.add_variable_from_reference(variable, "ema", copy_of(variable)) for variable in averaged]
+        def add_ema(variable):
+            return self.add_variable_from_reference(variable, "ema", lambda shape, dtype: ops.copy(variable))
+        self.ema = [add_ema(variable) for variable in variables if self.ema_momentum]
         self.skipped = self.add_variable((), dtype="int", name="skipped")   # the last of the variables
 
     def apply(self, grads, trainable_variables=None):
         if not self.built: self.build(list(trainable_variables))
         step = super().apply
-        if keras.backend.backend() == "jax": return step(grads, trainable_variables)   # `stateless_apply` has looked
+        if keras.backend.backend() == "jax":
+            return step(grads, trainable_variables)   # `stateless_apply` has looked
         def update(): step(grads, trainable_variables)
         def skip(): self.skipped.assign_add(1)
         ops.cond(_is_finite(grads) & (self.skipped == 0), update, skip)
 
     def stateless_apply(self, optimizer_variables, grads, trainable_variables):
-        state, weights = [ops.convert_to_tensor(value) for value in optimizer_variables], list(trainable_variables)
-        step = super().stateless_apply
+        state = [ops.convert_to_tensor(value) for value in optimizer_variables]
+        weights, step = list(trainable_variables), super().stateless_apply
         def update(): return step(state, grads, weights)
         def skip(): return weights, [*state[:-1], state[-1] + 1]
         return ops.cond(_is_finite(grads) & (state[-1] == 0), update, skip)
@@ -67,32 +68,35 @@ class MultiRateAdamW(keras.optimizers.AdamW):
         index = self._get_variable_index(variable)
         if self.lr_multipliers: learning_rate = learning_rate * self.lr_multipliers[index]
         if self.weight_decay is not None and self._use_weight_decay(variable):
-            self.assign_sub(variable, variable * ops.cast(self.weight_decay, variable.dtype) * learning_rate)
+            decay = ops.cast(self.weight_decay, variable.dtype)
+            self.assign_sub(variable, variable * decay * learning_rate)
         super().update_step(gradient, variable, learning_rate)
         if not self.ema_momentum: return
         updates = ops.cast(self.iterations, "float32")                       # made before this one
         fraction = ops.maximum(1 - self.ema_momentum, 9 / (10 + updates))    # of the new weights
         self.assign_add(self.ema[index], fraction * (variable - self.ema[index]))
 
-    def _apply_weight_decay(self, variables): pass   # done in `update_step`, at the variable's own rate
+    def _apply_weight_decay(self, variables): pass   # `update_step` does, at the variable's rate
 
     def _use_weight_decay(self, variable):
-        return super()._use_weight_decay(variable) and (self.decay_variables == "all" or len(variable.shape) > 1)
+        decays = self.decay_variables == "all" or len(variable.shape) > 1
+        return decays and super()._use_weight_decay(variable)
 
     def get_config(self):
         multipliers = self.lr_multipliers and list(self.lr_multipliers)
-        return {**super().get_config(), "lr_multipliers": multipliers, "decay_variables": self.decay_variables}
+        return super().get_config() | {"lr_multipliers": multipliers, "decay_variables": self.decay_variables}
 
 def _is_finite(
     gradients, # arrays, or None where a variable has none
 ): # scalar bool
     "Return whether the global norm of gradients is finite, so that it can be clipped."
-    return ops.isfinite(sum(ops.sum(ops.square(gradient)) for gradient in gradients if gradient is not None))
+    present = [gradient for gradient in gradients if gradient is not None]
+    return ops.isfinite(sum(ops.sum(ops.square(gradient)) for gradient in present))
 
 # %% ../../nbs/book/12_training.ipynb #6ec245b0
 @keras.saving.register_keras_serializable("fcos_lite")
 class CountingLossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
-    "Keras' dynamic loss scaling, which also counts the micro-batches that overflowed and were dropped."
+    "Keras' dynamic loss scaling with a count of the micro-batches that overflowed."
     def build(self, variables):
         self.dropped = self.add_variable((), dtype="int", name="dropped")
         super().build(variables)
@@ -125,7 +129,7 @@ def flush_accumulation(
     if waiting:
         for total in optimizer._accumulated_gradients: total.assign(total * (full / waiting))
         optimizer._iterations.assign_add(full - 1 - waiting)
-        optimizer.apply([ops.zeros(variable.shape, variable.dtype) for variable in optimizer._trainable_variables])
+        optimizer.apply([ops.zeros_like(variable) for variable in optimizer._trainable_variables])
     return waiting
 
 # %% ../../nbs/book/12_training.ipynb #g15a072
@@ -133,13 +137,14 @@ def flush_accumulation(
 def ema_weights(
     model, # keras.Model, compiled with a MultiRateAdamW that keeps an EMA, built
 ):
-    "Lend a model the EMA of its weights, then restore the raw weights; raises `InputError` without an EMA."
+    "Lend a model the EMA of its weights, then restore them; raises `InputError` without one."
     optimizer = unwrap_optimizer(model.optimizer)
     if not getattr(optimizer, "ema", None):
         raise InputError("this optimizer keeps no EMA of the weights; "
                          "make it with an ema_momentum above 0, such as 0.999")
     def sync():
-        if keras.backend.backend() == "jax": model.jax_state_sync()   # its `fit` keeps the values elsewhere
+        # on JAX `fit` keeps the values elsewhere
+        if keras.backend.backend() == "jax": model.jax_state_sync()
     def assign(values):
         for variable, value in zip(optimizer._trainable_variables, values): variable.assign(value)
 
@@ -159,9 +164,10 @@ def make_optimizer(
     lr_multipliers=None,  # one for each variable; all 1 if None
     scale_loss=False,     # True if anything computes in float16
 ): # MultiRateAdamW, or a CountingLossScaleOptimizer around one
-    "Return the optimizer of a configuration: mean of the accumulated gradients, clipped by global norm, then AdamW."
+    "Return AdamW of the mean of accumulated gradients, clipped by its global norm."
     steps = config.gradient_accumulation_steps
     optimizer = MultiRateAdamW(
-        learning_rate, lr_multipliers, config.decay_variables, config.ema_momentum, weight_decay=config.weight_decay,
-        global_clipnorm=config.clip_norm, gradient_accumulation_steps=steps if steps > 1 else None)
+        learning_rate, lr_multipliers, config.decay_variables, config.ema_momentum,
+        weight_decay=config.weight_decay, global_clipnorm=config.clip_norm,
+        gradient_accumulation_steps=steps if steps > 1 else None)
     return CountingLossScaleOptimizer(optimizer) if scale_loss else optimizer

@@ -47,7 +47,7 @@ def read_metrics(
     try: return [{name: float(value) for name, value in zip(header, line) if value} for line in lines]
     except ValueError as error: raise InputError(f"{file}: {error}; remove that line") from None
 
-# %% ../../nbs/reference/train/run.ipynb #74eeb3e6
+# %% ../../nbs/reference/train/run.ipynb #c5e7c084
 _COLUMNS = ("epoch", "stage", "step", "loss", "cls", "ltrb", "centerness",
             "val_loss", "val_cls", "val_ltrb", "val_centerness", "AP", "AP50", "AP75", "source_map75",
             "learning_rate", "images_per_second", "memory_mb", "overflows")
@@ -59,12 +59,13 @@ class Run:
     ):
         self.path = Path(path)
         self.columns = _COLUMNS # of metrics.csv; a callback may add its own
+        self.is_quiet = False   # whether `log` prints nothing
         self.is_new = False     # made by `create`, and not yet committed
         self.replaced = None    # where the earlier run lies that this one replaces
 
     @classmethod
     def create(cls, path, force=False):
-        "Make the folder of a new run; with `force` an earlier run is set aside. Raises `InputError` if something else is there."
+        "Make a new run's folder; `force` sets an earlier run aside. Raises `InputError` if something else is there."
         run = cls(path)
         if require_new_folder(run.path, force, "run", lambda folder: (folder / "config.json").is_file()):
             run.replaced = run.path.with_name(f".{run.path.name}.replaced")
@@ -120,7 +121,7 @@ class Run:
 
     def log(self, line):
         "Print a line and append it to `log.txt`."
-        print(line, flush=True)
+        if not self.is_quiet: print(line, flush=True)
         path = self.path / "log.txt"
         with resumable(path), open(path, "a", encoding="utf-8") as file: file.write(f"{line}\n")
 

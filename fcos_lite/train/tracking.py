@@ -23,15 +23,14 @@ from .run import read_metrics
 from ..visualize.drawing import PALETTE
 from ..visualize.plots import style
 
-# %% ../../nbs/reference/train/tracking.ipynb #ef1c7c79
+# %% ../../nbs/reference/train/tracking.ipynb #480959d7
 _LOSS_COLORS = {"loss": PALETTE[7], "cls": PALETTE[0], "ltrb": PALETTE[1], "centerness": PALETTE[2]}
 
 def _read_config(folder): # {"model": {field: value}, "recipe": ..., "command": ...}, without groups
     "Read a run's `config.json`; raises `InputError` if it is missing or not whole."
     def flatten(fields): # {field: value or group}
-        flat = {}
-        for name, value in fields.items(): flat |= flatten(value) if isinstance(value, dict) else {name: value}
-        return flat
+        groups = [flatten(value) if isinstance(value, dict) else {name: value} for name, value in fields.items()]
+        return dict(pair for group in groups for pair in group.items())
     file = Path(folder) / "config.json"
     try: return {part: flatten(fields) for part, fields in json.loads(file.read_text(encoding="utf-8")).items()}
     except (OSError, ValueError, AttributeError):
@@ -43,13 +42,12 @@ def _draw(panels, height): # {name of an axis: [(rows, column, look of the line)
         figure, all_axes = plt.subplots(1, len(panels), figsize=(7.5, height), squeeze=False)
         plt.close(figure) # whoever gets it shows it
         for axes, (name, lines) in zip(all_axes[0], panels.items()):
-            for rows, column, look in lines:
-                points = [(row["epoch"], row[column]) for row in rows if row.get(column, -1) >= 0] # COCO's -1: undefined
+            for rows, column, look in lines: # COCO's -1 is undefined
+                points = [(row["epoch"], row[column]) for row in rows if row.get(column, -1) >= 0]
                 if points: axes.plot(*zip(*points), marker="o", markersize=2.5 if len(points) < 40 else 0, **look)
             axes.set(xlabel="epoch", ylabel=name, ylim=(None if name.startswith("loss") else 0, None))
-            axes.locator_params(axis="x", integer=True, nbins=6)
             if not axes.lines: axes.text(0.5, 0.5, "not measured", transform=axes.transAxes, ha="center")
-            elif len(axes.get_legend_handles_labels()[1]) > 1: axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=4)
+            if axes.get_legend_handles_labels()[1]: axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=4)
     return figure
 
 def plot_run(folder): # matplotlib figure
@@ -64,9 +62,9 @@ def plot_run(folder): # matplotlib figure
 
 def _label_runs(folders, most=4): # fields that are named -> [text], one a run
     "Name each run and the fields in which it differs from the others."
-    configs = [{name: value for part in ("recipe", "model", "command") for name, value in _read_config(folder).get(part, {}).items()}
-               for folder in folders]
-    names = dict.fromkeys(name for config in configs for name in config if name not in ("out", "force", "resume", "mlflow"))
+    configs = [dict(pair for fields in _read_config(folder).values() for pair in fields.items()) for folder in folders]
+    names = dict.fromkeys(name for config in configs for name in config)
+    for name in ("out", "force", "resume", "mlflow"): names.pop(name, None) # no difference of the training
     different = [name for name in names if len({str(config.get(name)) for config in configs}) > 1]
     labels = []
     for folder, config in zip(folders, configs):
@@ -81,19 +79,20 @@ def compare_runs(folders): # matplotlib figure
         raise InputError(f"{len(folders)} runs: more than {len(PALETTE)} cannot be told apart; give fewer folders")
     labels = _label_runs(folders)
     runs = [(read_metrics(folder), {"color": color}) for folder, color in zip(folders, PALETTE)]
-    losses = [(rows, name, look | {"linestyle": line}) for rows, look in runs for name, line in (("loss", "-"), ("val_loss", "--"))]
-    figure = _draw({"loss (dashed: validation)": losses, "AP": [(rows, "AP", look) for rows, look in runs]}, 2.5 + 0.2 * len(runs))
+    lines = {"loss": "-", "val_loss": "--"}
+    losses = [(rows, name, look | {"linestyle": line}) for rows, look in runs for name, line in lines.items()]
+    precisions = [(rows, "AP", look) for rows, look in runs]
+    figure = _draw({"loss (dashed: validation)": losses, "AP": precisions}, 2.5 + 0.2 * len(runs))
     with style() as plt:
         figure.legend([plt.Line2D([], [], **look) for _, look in runs], labels, loc="outside lower left")
     return figure
 
-# %% ../../nbs/reference/train/tracking.ipynb #9d1c66c0
+# %% ../../nbs/reference/train/tracking.ipynb #e263cf17
 def _git_revision(file): # 40 hexadecimal digits, with -dirty if files were changed; None outside a checkout
     "Return the git revision that tracks a file; a checkout that does not track it tells nothing."
     def git(*words):
-        done = subprocess.run(["git", "-C", str(Path(file).parent), *words], capture_output=True, text=True, timeout=10,
-                              check=True, env={**os.environ, "GIT_OPTIONAL_LOCKS": "0"})
-        return done.stdout.strip()
+        command = ["git", "--no-optional-locks", "-C", str(Path(file).parent), *words]
+        return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
     try:
         git("ls-files", "--error-unmatch", Path(file).name)
         return git("describe", "--always", "--dirty", "--abbrev=40", "--exclude=*")
@@ -102,15 +101,14 @@ def _git_revision(file): # 40 hexadecimal digits, with -dirty if files were chan
 def _environment(): # {name: text}
     "Return where, when and with what a run began, and a unique id."
     backend = keras.backend.backend()
-    values = {"run": os.urandom(8).hex(), "began": time.strftime("%Y-%m-%d %H:%M:%S %z"),
-              "git": _git_revision(fcos_lite.__file__), "fcos_lite": fcos_lite.__version__,
-              "python": platform.python_version(), "keras": keras.__version__,
-              "backend": f"{backend} {importlib.import_module(backend).__version__}",
-              "devices": ", ".join(keras.distribution.list_devices()),
-              "machine": f"{platform.node()}, {platform.platform()}, {os.cpu_count()} CPU cores"}
-    return {name: value for name, value in values.items() if value}
+    return {"run": os.urandom(8).hex(), "began": time.strftime("%Y-%m-%d %H:%M:%S %z"),
+            "git": _git_revision(fcos_lite.__file__) or "no checkout", "fcos_lite": fcos_lite.__version__,
+            "python": platform.python_version(), "keras": keras.__version__,
+            "backend": f"{backend} {importlib.import_module(backend).__version__}",
+            "devices": ", ".join(keras.distribution.list_devices()) or "CPU",
+            "machine": f"{platform.node()}, {platform.platform()}, {os.cpu_count()} CPU cores"}
 
-# %% ../../nbs/reference/train/tracking.ipynb #73656077
+# %% ../../nbs/reference/train/tracking.ipynb #c25630b0
 # MLflow would retry a silent server for minutes, log pages of traceback, and report its usage
 _MLFLOW_ENV = {"MLFLOW_DISABLE_TELEMETRY": "true", "MLFLOW_LOGGING_LEVEL": "CRITICAL",
                "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1", "MLFLOW_HTTP_REQUEST_TIMEOUT": "5"}
@@ -118,9 +116,8 @@ _SQLITE = "sqlite:///"
 
 def _tracking_uri(uri, folder): # as `Tracking` takes it; of the run -> URI or None
     "Return where MLflow writes; raises `InputError` for its file store."
-    if uri is None: return None
     if uri == "local": return f"{_SQLITE}{Path(folder).resolve().parent / 'mlflow.db'}"
-    if "://" not in uri or uri.startswith("file:"):
+    if uri and ("://" not in uri or uri.startswith("file:")):
         raise InputError(f"--mlflow {uri}: MLflow's file store does not survive an interrupted run; "
                          "give local, sqlite:///FILE.db, or the http://HOST:PORT of a server")
     return uri
@@ -128,12 +125,10 @@ def _tracking_uri(uri, folder): # as `Tracking` takes it; of the run -> URI or N
 def _find_mlflow_run(client, run, uri): # mlflow.entities.Run
     "Return the MLflow run with the id of environment.json, or a new one."
     facts = json.loads((run.path / "environment.json").read_text(encoding="utf-8"))
-    files = {}
-    if uri.startswith(_SQLITE):
-        database = Path(uri.removeprefix(_SQLITE)).resolve()
-        files["artifact_location"] = (database.parent / "mlflow-artifacts").as_uri()
     experiment = client.get_experiment_by_name("fcos_lite")
-    experiment_id = experiment.experiment_id if experiment else client.create_experiment("fcos_lite", **files)
+    database = Path(uri.removeprefix(_SQLITE)).resolve()
+    artifacts = (database.parent / "mlflow-artifacts").as_uri() if uri.startswith(_SQLITE) else None
+    experiment_id = experiment.experiment_id if experiment else client.create_experiment("fcos_lite", artifacts)
     runs = client.search_runs([experiment_id], f"tags.run = '{facts['run']}'", max_results=1)
     tags = {**facts, "folder": str(run.path.resolve())}
     return runs[0] if runs else client.create_run(experiment_id, run_name=run.path.name, tags=tags)
@@ -149,7 +144,8 @@ def _sync(run, uri, status): # Run; URI; RUNNING, or how it ended: FINISHED, FAI
     client = MlflowClient(tracking_uri=uri)
     mlflow_run = _find_mlflow_run(client, run, uri)
     run_id, known = mlflow_run.info.run_id, mlflow_run.data
-    params = {f"{part}.{name}": str(value)[:6000] for part, fields in _read_config(run.path).items() for name, value in fields.items()}
+    config = _read_config(run.path)
+    params = {f"{part}.{name}": str(value)[:6000] for part, fields in config.items() for name, value in fields.items()}
     client.log_batch(run_id, params=[Param(name, value) for name, value in params.items() if name not in known.params])
     for row in read_metrics(run.path) if (run.path / "metrics.csv").is_file() else []:
         epoch, now = int(row["epoch"]), int(time.time() * 1000)
@@ -161,12 +157,12 @@ def _sync(run, uri, status): # Run; URI; RUNNING, or how it ended: FINISHED, FAI
         client.log_artifact(run_id, str(file), "/".join(file.relative_to(run.path).parts[:-1]))
     client.set_terminated(run_id, status)
 
-# %% ../../nbs/reference/train/tracking.ipynb #1a0a7527
+# %% ../../nbs/reference/train/tracking.ipynb #25affbb7
 _REMEDIES = {"locked": "end the program that holds it", "not a database": "move it away, and a new one is made",
-             "malformed": "move it away, and a new one is made", "is full": "make room there",
-             "No space": "make room there", "unable to open": "make its folder, and check that you may write there",
-             "out-of-date": "mlflow db upgrade repairs that, after a copy",
-             "API request": "start the server, or go without", "": "see what MLflow says"}
+             "malformed": "move it away, and a new one is made", "is full": "make room", "No space": "make room",
+             "unable to open": "make its folder, and check that you may write there",
+             "out-of-date": "run mlflow db upgrade on a copy", "API request": "start the server, or go without",
+             "": "see its documentation"}
 
 class Tracking(keras.callbacks.Callback):
     "Write environment.json and show a run in MLflow: a context around the run, and a callback after `EpochLogger`."
@@ -196,14 +192,14 @@ class Tracking(keras.callbacks.Callback):
             if self.failed and self.uri: self.run.log(f"MLflow, {self.uri}: the whole run is there now")
         except Exception as error:
             with contextlib.suppress(InputError): # log.txt may be on the same full disk; the line was printed before
-                if not self.failed: self.run.log(self._explain(error, status))
+                if not self.failed: self.run.log(self._explain(error))
             self.failed = True
 
-    def _explain(self, error, status): # one line
+    def _explain(self, error): # one line
         "Say what is wrong and what to do."
         lines = str(error).split("\n")
-        problem, remedy = next((line[:200], remedy) for sign, remedy in _REMEDIES.items() for line in lines if sign in line)
-        if isinstance(error, ImportError): problem, remedy = f"not installed ({problem})", 'pip install "fcos_lite[mlflow]"'
+        problem, remedy = next((line[:200], _REMEDIES[sign]) for sign in _REMEDIES for line in lines if sign in line)
+        if isinstance(error, ImportError): problem, remedy = "not installed", 'pip install "fcos_lite[mlflow]"'
         where = f"MLflow, {self.uri}" if self.uri else "environment.json"
-        rest = "Training goes on and its end tries once more;" if status == "RUNNING" else "Nothing else is lost:"
-        return f"warning: {where}: {problem}; {remedy}. {rest} {self.run.path / 'metrics.csv'} keeps every number"
+        return (f"warning: {where}: {problem}; {remedy}. Training goes on, its end tries once more, and "
+                f"{self.run.path / 'metrics.csv'} keeps every number")

@@ -9,7 +9,6 @@ import tensorflow as tf
 from fcos_lite.config import REFERENCE_RECIPE, SCRATCH_RECIPE, ModelConfig
 from fcos_lite.detector.model import FCOS
 from fcos_lite.errors import InputError
-from fcos_lite.train.trainer import dtype_policy
 
 TINY = ModelConfig(
     image_size=32, strides=(8, 16), stem_filters=8, stem_groups=2, backbone_filters=(8, 8, 8, 8),
@@ -94,7 +93,9 @@ def test_boxes_reach_the_loss_unrounded(policy, monkeypatch):
         seen.append((np.array(boxes), np.array(labels), set(kinds.values())))
         return compute_losses(self, outputs, boxes, labels, valid)
     monkeypatch.setattr(FCOS, "compute_losses", watch)
-    with dtype_policy(policy): model = FCOS(TINY, TARGETS)
+    keras.config.set_dtype_policy(policy)
+    try: model = FCOS(TINY, TARGETS)
+    finally: keras.config.set_dtype_policy("float32")
     half = policy.removeprefix("mixed_")
     assert model.fpn.layers[-1].compute_dtype == model.heads.cls_tower.layers[0].compute_dtype == half
     assert all(variable.dtype == "float32" for variable in model.weights)

@@ -1,7 +1,7 @@
-"""Our network is the document's: equal weights and pictures give equal outputs.
+"""Our network is the reference's: equal weights and images give equal outputs.
 
-The document builds its network on TensorFlow Addons, which ended with TensorFlow 2.15 and Python 3.11. So the second
-opinion, tfa_parity/document_network.py, runs in an environment of its own, `.venv-tfa`, made on the first run
+The reference builds its network on TensorFlow Addons, which ended with TensorFlow 2.15 and Python 3.11.
+So tfa_parity/reference_network.py runs in an environment of its own, `.venv-tfa`, made on the first run
 (1.3 GB; half a minute on a fast line) and kept until tfa_parity/requirements.txt changes.
 """
 import hashlib
@@ -20,12 +20,12 @@ from fcos_lite.config import REFERENCE
 from fcos_lite.detector.model import FCOS
 
 HERE = Path(__file__).parent / "tfa_parity"
-REQUIREMENTS, SCRIPT = HERE / "requirements.txt", HERE / "document_network.py"
-ENVIRONMENT = Path(__file__).parents[1] / ".venv-tfa"
+REQUIREMENTS, SCRIPT = HERE / "requirements.txt", HERE / "reference_network.py"
+ENVIRONMENT = Path(__file__).resolve().parents[2] / ".venv-tfa"
 TOLERANCE = 1e-4
-KINDS = {"cls": "cls", "reg": "ltrb", "ctr": "centerness"}  # the document's names of the outputs, and ours
+KINDS = {"cls": "cls", "reg": "ltrb", "ctr": "centerness"}  # the reference's names of the outputs, and ours
 
-DOCUMENT_TABLE = """
+REFERENCE_TABLE = """
  FPN (Functional)            [(None, 128, 128, 128),   2885024
                               (None, 64, 64, 128),
                               (None, 32, 32, 128),
@@ -63,11 +63,11 @@ def install(python):
     pip = subprocess.run(command, capture_output=True, text=True)
     if pip.returncode == 0:
         return
-    said = pip.stdout + pip.stderr
+    output = pip.stdout + pip.stderr
     shutil.rmtree(ENVIRONMENT)
-    if any(sign in said for sign in ("Retrying (Retry(", "ConnectionError", "(from versions: none)")):
-        pytest.skip(f"no package index offers what {REQUIREMENTS.name} asks for: {said.strip().splitlines()[-1]}")
-    pytest.fail(f"the install of {REQUIREMENTS} failed:\n{said[-3000:]}")
+    if any(sign in output for sign in ("Retrying (Retry(", "ConnectionError", "(from versions: none)")):
+        pytest.skip(f"no package index offers what {REQUIREMENTS.name} asks for: {output.strip().splitlines()[-1]}")
+    pytest.fail(f"the install of {REQUIREMENTS} failed:\n{output[-3000:]}")
 
 
 def environment_python():
@@ -87,7 +87,7 @@ def tfa_python():
 # Ours
 
 def our_network(network):
-    "Our model, and its weights in the order in which the document's text comes to them."
+    "Our model, and its weights in the order in which the reference's text comes to them."
     created, add_weight = [], keras.layers.Layer.add_weight
     def recorded(layer, *args, **kwargs):
         created.append(add_weight(layer, *args, **kwargs))
@@ -118,23 +118,24 @@ def assign(weights, values):
     for weight, value in zip(weights, values, strict=True): weight.assign(value)
 
 
-def our_outputs(model, pictures):
+def our_outputs(model, images):
     with keras.device("cpu"):
-        return model.predict_on_batch(pictures)
+        return model.predict_on_batch(images)
 
 
-# The document's
+# The reference's
 
 @pytest.fixture(scope="module")
-def ask_document(tfa_python, tmp_path_factory):
-    "Runs the document's network in its own environment: `(values, pictures) -> (what it printed, its outputs)`."
-    def ask(values, pictures):
+def ask_reference(tfa_python, tmp_path_factory):
+    "Runs the reference's network in its own environment: `(values, images) -> (what it printed, its outputs)`."
+    def ask(values, images):
         folder = tmp_path_factory.mktemp("tfa")
         np.savez(folder / "weights.npz", **{f"{place:03}": value for place, value in enumerate(values)})
-        np.save(folder / "pictures.npy", pictures)
-        run = subprocess.run([tfa_python, SCRIPT, "--weights", folder / "weights.npz", "--input", folder / "pictures.npy",
-                              "--output", folder / "outputs.npz"], capture_output=True, text=True,
-                             env={**os.environ, "TF_CPP_MIN_LOG_LEVEL": "3", "PYTHONPATH": ""})
+        np.save(folder / "images.npy", images)
+        command = [tfa_python, SCRIPT, "--weights", folder / "weights.npz", "--input", folder / "images.npy",
+                   "--output", folder / "outputs.npz"]
+        environment = {**os.environ, "TF_CPP_MIN_LOG_LEVEL": "3", "PYTHONPATH": ""}
+        run = subprocess.run(command, capture_output=True, text=True, env=environment)
         assert run.returncode == 0, run.stdout + run.stderr
         with np.load(folder / "outputs.npz") as outputs:
             return run.stdout, dict(outputs)
@@ -142,52 +143,54 @@ def ask_document(tfa_python, tmp_path_factory):
 
 
 class Parity:
-    "One network, twice: ours and the document's answer to the same weights and pictures."
-    def __init__(self, ask_document, size, batch):
+    "One network, twice: ours and the reference's answer to the same weights and images."
+    def __init__(self, ask_reference, size, batch):
         self.config = replace(REFERENCE, image_size=size)
         self.model, self.weights = our_network(self.config)
         self.values = random_values(self.weights)
         assign(self.weights, self.values)
-        self.pictures = np.random.default_rng(1).integers(0, 256, (batch, size, size, 3), dtype="uint8")
-        self.printed, self.document = ask_document(self.values, self.pictures)
+        self.images = np.random.default_rng(1).integers(0, 256, (batch, size, size, 3), dtype="uint8")
+        self.printed, self.reference = ask_reference(self.values, self.images)
 
     def differences(self, model=None):
         "Largest difference of each output at each level: absolute up to a magnitude of 1, relative above."
-        ours, found = our_outputs(model or self.model, self.pictures), {}
+        ours, differences = our_outputs(model or self.model, self.images), {}
         for theirs, name in KINDS.items():
-            maps = [self.document[f"{theirs}_P{level}"] for level in (2, 3, 4, 5)]
-            mine = ours[name].reshape(len(self.pictures), -1, maps[0].shape[-1])
+            maps = [self.reference[f"{theirs}_P{level}"] for level in (2, 3, 4, 5)]
+            flat = ours[name].reshape(len(self.images), -1, maps[0].shape[-1])
             ends = np.cumsum([m.shape[1] * m.shape[2] for m in maps])
-            assert ends[-1] == mine.shape[1]
-            for level, m, part in zip((2, 3, 4, 5), maps, np.split(mine, ends[:-1], axis=1)):
+            assert ends[-1] == flat.shape[1]
+            for level, m, part in zip((2, 3, 4, 5), maps, np.split(flat, ends[:-1], axis=1)):
                 m = m.reshape(part.shape)
-                found[f"{name} P{level}"] = float(np.max(np.abs(part - m) / np.maximum(1, np.abs(m))))
-        return found
+                error = np.abs(part - m) / np.maximum(1, np.abs(m))
+                differences[f"{name} P{level}"] = float(error.max())
+        return differences
 
 
 @pytest.fixture(scope="module")
-def small(ask_document):
-    "Small enough to ask many questions, and two pictures that must not see each other."
-    return Parity(ask_document, size=64, batch=2)
+def small(ask_reference):
+    "Small enough to ask many questions, and two images that must not see each other."
+    return Parity(ask_reference, size=64, batch=2)
 
 
 @pytest.fixture(scope="module")
-def large(ask_document):
+def large(ask_reference):
     "A second size. Not 512: there float32 itself errs by up to 1e-4 on such weights, TensorFlow 2.15 more than ours."
-    return Parity(ask_document, size=128, batch=1)
+    return Parity(ask_reference, size=128, batch=1)
 
 
 # The laws
 
-def test_the_document_ran_on_what_it_names(small):
+def test_the_reference_ran_on_what_it_names(small):
     assert small.printed.splitlines()[:2] == ["tensorflow 2.15.1", "tensorflow-addons 0.23.0"]
 
 
-def test_the_document_table_is_reproduced(small):
+def test_the_table_of_the_reference_is_reproduced(small):
     "Its rows line for line, and its total, which counts the four scales."
     lines = [line.rstrip() for line in small.printed.splitlines()]
     rules = [place for place, line in enumerate(lines) if line.startswith("===")]
-    assert [line for line in lines[rules[0] + 1:rules[1]] if line] == [line for line in DOCUMENT_TABLE.splitlines() if line]
+    rows = [line for line in lines[rules[0] + 1:rules[1]] if line]
+    assert rows == [line for line in REFERENCE_TABLE.splitlines() if line]
     assert lines[rules[1] + 1].split()[:3] == ["Total", "params:", "3255082"]
 
 
@@ -204,13 +207,12 @@ def test_ours_has_as_many_parameters(small):
 def test_equal_outputs(size, request):
     parity = request.getfixturevalue(size)
     differences = parity.differences()
-    print(f"\n{parity.config.image_size} pixels: " + ", ".join(f"{name} {value:.1e}" for name, value in differences.items()))
     assert max(differences.values()) < TOLERANCE, differences
 
 
 def test_the_outputs_are_worth_comparing(small):
     "Outputs that hardly vary would agree by accident."
-    for name, m in small.document.items(): assert m.std() > 0.1, (name, m.std())
+    for name, m in small.reference.items(): assert m.std() > 0.1, (name, m.std())
 
 
 def test_every_weight_is_compared(small):
@@ -225,7 +227,8 @@ def test_every_weight_is_compared(small):
 
 
 OTHERS = [("group_epsilon", 1e-5), ("leaky_slope", 0.2)]
-MORE = [("stem_groups", 32), ("backbone_groups", 16), ("pyramid_groups", 16), ("tower_groups", 32), ("centerness_tower", "reg")]
+MORE = [("stem_groups", 32), ("backbone_groups", 16), ("pyramid_groups", 16), ("tower_groups", 32),
+        ("centerness_tower", "reg")]
 
 @pytest.mark.parametrize("field, value", OTHERS + [pytest.param(*more, marks=pytest.mark.slow) for more in MORE])
 def test_another_network_with_these_weights_differs(small, field, value):

@@ -10,7 +10,7 @@ from PIL import Image
 from fcos_lite.data.detections import Detections
 from fcos_lite.errors import InputError
 from fcos_lite.evaluate.metrics import coco_evaluation, outcomes, precision_recall
-from fcos_lite.evaluate.report import _crop_around, plot_worst_mistakes, write_report
+from fcos_lite.evaluate.report import crop_around, plot_worst_mistakes, write_report
 from fcos_lite.scenes.scenes import Scenes, World
 
 @pytest.fixture
@@ -53,6 +53,6 @@ def test_the_worst_page_has_a_row_of_each_kind(scenes, tmp_path):
     with pytest.raises(InputError): plot_worst_mistakes(scenes, perfect, tmp_path / "blank.unknown")
 
 def test_a_crop_shows_the_box_in_its_middle():
-    tile, box = _crop_around(np.full((40, 60, 3), 255, np.uint8), np.float32([10, 10, 30, 20]), 80)
+    tile, box = crop_around(np.full((40, 60, 3), 255, np.uint8), np.float32([10, 10, 30, 20]), 80)
     assert tile.shape == (80, 80, 3) and box.tolist() == [20, 30, 60, 50]
     assert tile[0, 0].tolist() == [114] * 3     # beyond the image's edge

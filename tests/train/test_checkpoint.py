@@ -1,4 +1,5 @@
-"""A run killed at any moment and resumed is the run that was never killed: weights, optimizer and metrics, bit for bit."""
+"""A run killed at any moment and resumed is the run that was never killed, bit for bit."""
+import errno
 import importlib.util
 import os
 import random
@@ -6,48 +7,55 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import replace
 from pathlib import Path
 import numpy as np
 import pytest
 
+ROOT = Path(__file__).resolve().parents[2]
 EPOCHS = {"short": 2, "long": 20}
-BATCHES, EVERY = 4, 2                # micro-batches of an epoch, and between two checkpoints; a window of accumulation is 3
-PAUSE = 0.02                         # seconds after a line, so that a kill can meet what is going on
+BATCHES, EVERY = 4, 2 # micro-batches of an epoch, and between two checkpoints; an update takes 3
+PAUSE = 0.02 # seconds after a line, so that a kill can meet what is going on
+
+def tell(what):
+    print(what, flush=True)
+    time.sleep(PAUSE)
+
+class Slow:
+    "A file that says when a checkpoint is half written."
+    def __init__(self, path, mode):
+        self.file, self.tells = open(path, mode), "checkpoint" in str(path)
+    def __enter__(self): return self
+    def __exit__(self, *error): self.file.close()
+    def flush(self): self.file.flush()
+    def fileno(self): return self.file.fileno()
+    def write(self, data):
+        self.file.write(data[:len(data) // 2])
+        self.file.flush()
+        if self.tells: tell("writing")
+        self.file.write(data[len(data) // 2:])
+
+class Renames:
+    "The module os, whose `replace` says when a checkpoint has its name."
+    def __getattr__(self, name): return getattr(os, name)
+    def replace(self, *paths):
+        os.replace(*paths)
+        if "checkpoint" in str(paths[1]): tell("renamed")
 
 def train(folder, epochs, compiled):
-    """A run of its own process: says what it does, line by line, and pauses, also while it writes. A long one is compiled, and has averaged weights and a loss scale too; a short one
-    is eager, which saves more time than it costs."""
+    """A run in a process of its own: says what it does, line by line, and pauses, also while it writes.
+
+    A long one is compiled, with an EMA and loss scaling; a short one is eager, which saves more time than it costs."""
     import keras
-    from fcos_lite.train import checkpoint as checkpoints
-    from fcos_lite.data.batches import Batches
+    from fcos_lite import files
     from fcos_lite.config import SCRATCH_RECIPE, ModelConfig
-    from fcos_lite.train.run import Run
+    from fcos_lite.data.batches import Batches
     from fcos_lite.scenes.scenes import Scenes, World
+    from fcos_lite.train import checkpoint as checkpoints
+    from fcos_lite.train.run import Run
     from fcos_lite.train.schedule import WarmupCosine
-    from fcos_lite.train.trainer import set_deterministic, build_model
+    from fcos_lite.train.trainer import build_model, set_deterministic
 
-    class Slow:
-        "A file that says when it is half written."
-        def __init__(self, path, mode): self.file = open(path, mode)
-        def __enter__(self): return self
-        def __exit__(self, *error): self.file.close()
-        def flush(self): self.file.flush()
-        def fileno(self): return self.file.fileno()
-        def write(self, data):
-            self.file.write(data[:len(data) // 2])
-            self.file.flush()
-            tell("writing")
-            self.file.write(data[len(data) // 2:])
-
-    class Renames:
-        "The module os, whose `replace` says when it is done."
-        def __getattr__(self, name): return getattr(os, name)
-        def replace(self, *paths):
-            os.replace(*paths)
-            tell("renamed")
-
-    class Judge(keras.callbacks.Callback):
+    class Rows(keras.callbacks.Callback):
         "A row an epoch, and counters."
         counters = "best", "waited", "steps"
         def __init__(self):
@@ -57,37 +65,43 @@ def train(folder, epochs, compiled):
         def on_train_batch_end(self, batch, logs=None): self.steps += 1
         def on_epoch_end(self, epoch, logs=None):
             self.best, self.waited = max(self.best, -logs["loss"]), self.waited + 1
-            run.write_row({"epoch": epoch + 1, "step": self.steps, "val_loss": self.waited, "AP": self.best, **{name: float(logs[name]) for name in ("loss", "cls", "reg", "ctr")}})
+            losses = {name: float(logs[name]) for name in ("loss", "cls", "ltrb", "centerness")}
+            run.write_row({"epoch": epoch + 1, "step": self.steps, "val_loss": self.waited, "AP": self.best, **losses})
             tell("row")
 
-    def tell(what):
-        print(what, flush=True)
-        time.sleep(PAUSE)
-
-    checkpoints.open, checkpoints.os = Slow, Renames()
+    files.open, files.os, checkpoints.os = Slow, Renames(), Renames()
     set_deterministic(0)
-    network = ModelConfig(image_size=32, strides=(16, 32), stem_filters=8, stem_groups=2, backbone_filters=(8, 8, 8, 8), backbone_blocks=(1, 1, 1, 1), backbone_groups=4,
-                      pyramid_channels=16, pyramid_groups=4, tower_depth=1, tower_channels=16, tower_groups=4)
+    config = ModelConfig(
+        image_size=32, strides=(16, 32), stem_filters=8, stem_groups=2, backbone_filters=(8, 8, 8, 8),
+        backbone_blocks=(1, 1, 1, 1), backbone_groups=4, pyramid_channels=16, pyramid_groups=4, tower_depth=1,
+        tower_channels=16, tower_groups=4)
     recipe = SCRATCH_RECIPE.change(level_areas=(256,), batch_size=2, gradient_accumulation_steps=3, epochs=epochs)
     scenes = list(Scenes(2 * BATCHES + 1, 1, World(size=32, min_height=10, max_height=30, max_people=2)))
-    batches = Batches(scenes, recipe.batch_size, network.image_size, shuffle_seed=0, drop_last=True)
-    model = build_model(network, recipe, seed=0)
-    more = {"use_ema": True, "ema_momentum": 0.9} if compiled else {}
-    optimizer = keras.optimizers.AdamW(WarmupCosine(1e-3, 1e-5, epochs * BATCHES, 2), weight_decay=0.05, global_clipnorm=10.0, gradient_accumulation_steps=recipe.optimizer.gradient_accumulation_steps, **more)
+    batches = Batches(scenes, recipe.batch_size, config.image_size, shuffle_seed=0, drop_last=True)
+    model = build_model(config, recipe, seed=0)
+    ema = {"use_ema": True, "ema_momentum": 0.9} if compiled else {}
+    schedule = WarmupCosine(1e-3, 1e-5, epochs * BATCHES, 2)
+    optimizer = keras.optimizers.AdamW(schedule, weight_decay=0.05, global_clipnorm=10.0,
+                                       gradient_accumulation_steps=3, **ema)
     if compiled: optimizer = keras.optimizers.LossScaleOptimizer(optimizer, initial_scale=8.0, dynamic_growth_steps=4)
     model.compile(optimizer=optimizer, run_eagerly=not compiled, jit_compile=False)
     model.optimizer.build(model.trainable_variables)
     run = Run(folder)
     run.path.mkdir(exist_ok=True)
-    checkpoint = checkpoints.Checkpoint(folder, model, batches, checkpoints.run_identity(network, recipe, scenes, seed=0), every_steps=EVERY, log=tell)
-    try: checkpoint.fit(epochs, [Judge()], verbose=0)
+    identity = checkpoints.run_identity(config, recipe, scenes, seed=0)
+    checkpoint = checkpoints.Checkpoint(folder, model, batches, identity, every_steps=EVERY, log=tell)
+    try: checkpoint.fit(epochs, [Rows()], verbose=0)
     except checkpoints.Stopped as stopped: sys.exit(stopped.code)
     np.savez(run.path / "end.npz", **checkpoints.model_state(model))
 
 def life(folder, kind, death=None):
-    "Runs until the end, or until its output has said `death[0]` for the `death[1]`th time, and a moment more; gives the exit code, what was said, and the log."
-    environment, log = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}, folder.with_suffix(".log")
-    with open(log, "w") as errors, subprocess.Popen([sys.executable, __file__, str(folder), kind], stdout=subprocess.PIPE, stderr=errors, text=True, env=environment) as process:
+    """Run to the end, or until the output has had `death[0]` for the `death[1]`th time, and a moment more.
+
+    Returns the exit code, the lines of the output, and the log."""
+    environment, log = {**os.environ, "PYTHONPATH": str(ROOT)}, folder.with_suffix(".log")
+    command = [sys.executable, __file__, str(folder), kind]
+    with open(log, "w") as errors, subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True,
+                                                    env=environment) as process:
         said = []
         for line in process.stdout:
             said.append(line.strip())
@@ -112,13 +126,16 @@ def assert_same(folder, other, kind):
     from fcos_lite.train.checkpoint import LAST, read_checkpoint
     with np.load(folder / "end.npz") as ours, np.load(other / "end.npz") as theirs:
         assert ours.files == theirs.files and len(ours.files) > 300
-        assert {name.split("/")[2] for name in ours.files} >= {"kernel", "state", "momentum", "velocity", "accumulator", "iteration", "total"} | ({"average", "scale"} if kind == "long" else set())
+        kinds = {"kernel", "state", "momentum", "velocity", "accumulator", "iteration", "total"}
+        if kind == "long": kinds |= {"average", "scale"}
+        assert {name.split("/")[2] for name in ours.files} >= kinds
         different = [name for name in ours.files if not np.array_equal(ours[name], theirs[name])]
     assert not different, f"{len(different)} arrays differ: {different[:5]}"
     (about, arrays), (their_about, their_arrays) = read_checkpoint(folder / LAST), read_checkpoint(other / LAST)
     assert about == their_about and all(np.array_equal(arrays[name], their_arrays[name]) for name in their_arrays)
     assert (folder / "metrics.csv").read_bytes() == (other / "metrics.csv").read_bytes()
-    assert about["counters"]["Judge"]["steps"] == EPOCHS[kind] * BATCHES and (folder / "metrics.csv").read_text().count("\n") == EPOCHS[kind] + 1
+    assert about["counters"]["Rows"]["steps"] == EPOCHS[kind] * BATCHES
+    assert (folder / "metrics.csv").read_text().count("\n") == EPOCHS[kind] + 1
 
 @pytest.fixture(scope="module")
 def in_peace(tmp_path_factory):
@@ -132,10 +149,12 @@ def in_peace(tmp_path_factory):
     return run
 
 def moments(count, seed):
-    "Random moments to be killed at: half-way through writing a checkpoint, after an epoch's row, during a step, between a checkpoint's renames."
+    "Random moments: while a checkpoint is written, after an epoch's row, in a step, between two renames."
     rng = random.Random(seed)
     kinds = ["writing", "row", "step", *rng.choices(("step", "writing", "renamed", "row"), k=count - 3)]
-    return [(kind, 1 if kind == "row" else rng.randint(1, 3), rng.uniform(0, 0.1) if kind == "step" else 0, signal.SIGKILL) for kind in kinds]
+    counts = [1 if kind == "row" else rng.randint(1, 3) for kind in kinds]
+    delays = [rng.uniform(0, 0.1) if kind == "step" else 0 for kind in kinds]
+    return [(*moment, signal.SIGKILL) for moment in zip(kinds, counts, delays)]
 
 def test_three_kills_change_nothing(tmp_path, in_peace):
     deaths = moments(3, seed=0)
@@ -146,7 +165,8 @@ def test_three_kills_change_nothing(tmp_path, in_peace):
 def test_ctrl_c_ends_after_the_step_with_all_saved(tmp_path, in_peace):
     run, steps = tmp_path / "run", EPOCHS["short"] * BATCHES
     stopped, finished = complete(run, "short", [("step", 7, 0, signal.SIGINT)])
-    assert stopped.count("step") == 7 and stopped[-1] == f"stopped after step 7, all saved; to go on: python -m fcos_lite.train --resume {run}"
+    assert stopped.count("step") == 7
+    assert stopped[-1] == f"stopped after step 7, all saved; to go on: fcos-lite train --resume {run}"
     assert "going on after step 7: epoch 2, batch 4 of 4" in finished and finished.count("step") == steps - 7
     assert_same(run, in_peace("short"), "short")
 
@@ -162,8 +182,8 @@ def test_sigterm_is_heard_too(tmp_path, in_peace):
     assert_same(tmp_path / "run", in_peace("long"), "long")
 
 def test_signals_are_given_back_and_the_second_interrupts():
-    from fcos_lite.train.checkpoint import StopRequest
-    before, wishes = signal.getsignal(signal.SIGINT), StopRequest()
+    from fcos_lite.train.checkpoint import _StopRequest
+    before, wishes = signal.getsignal(signal.SIGINT), _StopRequest()
     with wishes:
         os.kill(os.getpid(), signal.SIGINT)
         assert wishes.number == signal.SIGINT
@@ -172,17 +192,21 @@ def test_signals_are_given_back_and_the_second_interrupts():
             time.sleep(1)
     assert signal.getsignal(signal.SIGINT) is before
 
-@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full, a device that is always full")
-def test_a_disk_that_is_really_full_leaves_the_last_checkpoint(tmp_path):
-    from fcos_lite.train.checkpoint import TEMPORARY, LAST, serialize, read_checkpoint, write_checkpoint
+def test_a_full_disk_leaves_the_checkpoint_before(tmp_path, monkeypatch):
+    from fcos_lite import files
     from fcos_lite.config import InputError
+    from fcos_lite.train.checkpoint import PREVIOUS, latest_checkpoint, read_checkpoint, serialize, write_checkpoint
+    def full(number): raise OSError(errno.ENOSPC, "No space left on device")
     write_checkpoint(tmp_path, serialize({"number": 1}, {}))
-    (tmp_path / TEMPORARY).symlink_to("/dev/full")
-    with pytest.raises(InputError, match="No space left on device.*make room"): write_checkpoint(tmp_path, serialize({"number": 2}, {"zeros": np.zeros(10 ** 5)}))
-    assert [path.name for path in tmp_path.iterdir()] == [LAST] and read_checkpoint(tmp_path / LAST)[0]["number"] == 1
+    monkeypatch.setattr(files.os, "fsync", full)
+    for number in (2, 3):
+        with pytest.raises(InputError, match="No space left on device.*make room.*--resume"):
+            write_checkpoint(tmp_path, serialize({"number": number}, {"zeros": np.zeros(10 ** 5)}))
+        assert [path.name for path in tmp_path.iterdir()] == [PREVIOUS]
+        assert read_checkpoint(latest_checkpoint(tmp_path))[0]["number"] == 1
 
 def on_jax(folder):
-    "A little model under JAX, whose `fit` keeps its state outside the variables: stopped in the middle of an epoch, resumed in a new model, against one left alone."
+    "Under JAX, whose `fit` keeps its state outside the variables: a model stopped in an epoch and resumed, or not."
     import keras
     from keras import layers
     from fcos_lite.train import checkpoint as checkpoints
@@ -200,11 +224,13 @@ def on_jax(folder):
 
     class Look(keras.callbacks.Callback):
         "Looks at the model itself, not at `self.model`, which Keras brings up to date."
-        def on_train_batch_end(self, batch, logs=None): assert checkpoints.model_state(model)["metrics/1/count"] == 2 * (batch + 1)
+        def on_train_batch_end(self, batch, logs=None):
+            assert checkpoints.model_state(model)["metrics/1/count"] == 2 * (batch + 1)
 
     def fresh():
         keras.utils.set_random_seed(0)
-        model = keras.Sequential([keras.Input((2,)), layers.GaussianNoise(0.5, seed=1), layers.Dense(4, activation="relu"), layers.Dense(2)])
+        hidden = [layers.GaussianNoise(0.5, seed=1), layers.Dense(4, activation="relu")]
+        model = keras.Sequential([keras.Input((2,)), *hidden, layers.Dense(2)])
         adam = keras.optimizers.AdamW(0.01, gradient_accumulation_steps=3, use_ema=True, ema_momentum=0.9)
         model.compile(optimizer=keras.optimizers.LossScaleOptimizer(adam, dynamic_growth_steps=4), loss="mse")
         model.optimizer.build(model.trainable_variables)
@@ -214,7 +240,7 @@ def on_jax(folder):
     for name, calls in (("alone", [Look()]), ("stopped", [Stop()]), ("stopped", [])):
         model = fresh()
         (folder / name).mkdir(exist_ok=True)
-        checkpoint = checkpoints.Checkpoint(folder / name, model, Numbers(), {"run": {}}, every_steps=2, log=lambda line: None)
+        checkpoint = checkpoints.Checkpoint(folder / name, model, Numbers(), {"run": {}}, every_steps=2)
         try: checkpoint.fit(3, calls, verbose=0)
         except checkpoints.Stopped: assert checkpoint.step == 8
         ends[name] = checkpoints.model_state(model), checkpoint.step
@@ -225,8 +251,9 @@ def on_jax(folder):
 
 @pytest.mark.skipif(importlib.util.find_spec("jax") is None, reason="JAX is not installed")
 def test_on_jax_too(tmp_path):
-    done = subprocess.run([sys.executable, __file__, str(tmp_path), "jax"], capture_output=True, text=True,
-                          env={**os.environ, "KERAS_BACKEND": "jax", "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(Path(__file__).parents[1])})
+    environment = {**os.environ, "KERAS_BACKEND": "jax", "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, __file__, str(tmp_path), "jax"]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr[-3000:]
 
 if __name__ == "__main__":

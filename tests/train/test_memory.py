@@ -19,7 +19,7 @@ from fcos_lite.data.example import Example
 from fcos_lite.detector.model import FCOS
 from fcos_lite.errors import InputError
 from fcos_lite.scenes.scenes import Scenes, World
-from fcos_lite.train.memory import count_activations, explain_memory, limit_gpu_memory, resident
+from fcos_lite.train.memory import count_activations, explain_memory, limit_gpu_memory, most_resident
 
 ROOT = Path(__file__).resolve().parents[2]
 TINY = ModelConfig(
@@ -96,6 +96,12 @@ def test_freed_memory_is_kept_unless_the_environment_says_otherwise(environment)
 # Two thousand steps
 
 STEPS, EPOCH = 2000, 100
+
+def resident():
+    "Return the megabytes that this process holds now; without /proc, the most that it has held."
+    if not os.path.exists("/proc/self/statm"): return most_resident()
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE") / 1e6
 
 class Footprint(keras.callbacks.Callback):
     "Note what the process holds, every 20 steps."

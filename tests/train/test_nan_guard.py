@@ -231,5 +231,5 @@ def test_a_run_without_positive_locations_is_warned_of_once(tmp_path):
         model.compile(make_optimizer(CONFIG, 1e-3), run_eagerly=True)
         guard = NonFiniteGuard(tmp_path, batches, RECIPE, every=2, log=lines.append)
         model.fit(batches, epochs=1, verbose=0, shuffle=False, callbacks=[guard])
-    assert len(lines) == 1 and lines[0].startswith("warning: in the last 2 steps no location was positive")
+    assert len(lines) == 1 and lines[0].startswith("warning: no location was positive in the last 2 steps")
     assert "labels are counted from 0" in lines[0]

@@ -1,9 +1,9 @@
-"""The network of the source's document, written from its text for TensorFlow 2.15 and TensorFlow Addons 0.23.
+"""The network of the reference document, written from its text for TensorFlow 2.15 and TensorFlow Addons 0.23.
 
-Nothing is imported from fcos_lite: this is the second opinion. It prints the versions and the document's table of
-parameters; given weights and pictures, it also writes what the network says about them.
+Nothing is imported from fcos_lite: it is written independently. It prints the versions and the reference's table of
+parameters; given weights and images, it also writes what the network says about them.
 
-    python document_network.py [--weights weights.npz --input pictures.npy --output outputs.npz]
+    python reference_network.py [--weights weights.npz --input images.npy --output outputs.npz]
 """
 import argparse
 import warnings
@@ -110,9 +110,9 @@ class FCOSModel(tf.keras.Model):
         wanted, given = [tuple(w.shape) for w in self.in_order], [v.shape for v in values]
         for place, (want, have) in enumerate(zip(wanted, given)):
             if want != have:
-                raise SystemExit(f"weight {place}, {self.in_order[place].name}: the document's has shape {want}, the one given {have}")
+                raise SystemExit(f"weight {place}, {self.in_order[place].name}: the reference's has shape {want}, the one given {have}")
         if len(wanted) != len(given):
-            raise SystemExit(f"the document's network has {len(wanted)} weights; {len(given)} were given")
+            raise SystemExit(f"the reference's network has {len(wanted)} weights; {len(given)} were given")
         for weight, value in zip(self.in_order, values):
             weight.assign(value)
 
@@ -120,7 +120,7 @@ class FCOSModel(tf.keras.Model):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--weights", help="npz: the weights, in order, named so that sorting keeps it")
-    parser.add_argument("--input", help="npy: (B, S, S, 3) pictures, 0..255")
+    parser.add_argument("--input", help="npy: (B, S, S, 3) images, 0..255")
     parser.add_argument("--output", help="npz, written: cls_P2 .. ctr_P5, (B, S/stride, S/stride, channels)")
     arguments = parser.parse_args()
 
@@ -130,11 +130,11 @@ def main():
     if arguments.weights is None:
         return
 
-    pictures, weights = np.load(arguments.input), np.load(arguments.weights)
+    images, weights = np.load(arguments.input), np.load(arguments.weights)
     tf.keras.backend.clear_session()
-    model = FCOSModel(pictures.shape[1])
+    model = FCOSModel(images.shape[1])
     model.load([weights[name] for name in sorted(weights.files)])
-    outputs = model(tf.constant(pictures, tf.float32) / 255.0)
+    outputs = model(tf.constant(images, tf.float32) / 255.0)
     named = {f"{kind}_P{level}": m.numpy() for kind, maps in zip(("cls", "reg", "ctr"), outputs) for level, m in enumerate(maps, start=2)}
     np.savez(arguments.output, **named)
 
