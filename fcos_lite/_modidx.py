@@ -506,8 +506,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                 'fcos_lite/detect/viewer.py'),
                                          'fcos_lite.detect.viewer.StreamStatistics.add': ( 'reference/detect/viewer.html#streamstatistics.add',
                                                                                            'fcos_lite/detect/viewer.py'),
-                                         'fcos_lite.detect.viewer.StreamStatistics.milliseconds': ( 'reference/detect/viewer.html#streamstatistics.milliseconds',
-                                                                                                    'fcos_lite/detect/viewer.py'),
                                          'fcos_lite.detect.viewer.Window': ( 'reference/detect/viewer.html#window',
                                                                              'fcos_lite/detect/viewer.py'),
                                          'fcos_lite.detect.viewer.Window.__init__': ( 'reference/detect/viewer.html#window.__init__',

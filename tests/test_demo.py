@@ -17,7 +17,8 @@ def check_what_is_left(out, printed, images):
     assert Image.open(out / "detected.png").size == (5 * 288 + 16, 2 * 288 + 4) and any((out / "pictures").iterdir())
     assert f"on {images} unseen scenes" in printed and str(out / "detected.png") in printed
     found = json.loads((out / "detected" / "detections.json").read_text())
-    assert len(found) == 11 and [box["class"] for box in found[next(name for name in found if "grace" in name)]] == ["person"]
+    photo = found[next(name for name in found if "grace" in name)]
+    assert len(found) == 11 and [box["class"] for box in photo] == ["person"]
     assert "1 detection\nperson 0.6" in printed
 
 def test_the_demo_leaves_its_numbers_and_images(tmp_path, monkeypatch, capsys):

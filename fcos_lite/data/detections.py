@@ -15,19 +15,16 @@ from PIL import Image
 from ..errors import InputError
 from ..visualize.drawing import draw_boxes, save_image
 
-# %% ../../nbs/reference/data/detections.ipynb #e5e9426c
+# %% ../../nbs/reference/data/detections.ipynb #af020de0
 _DISPLAYS = {"score": 1, "square_root": 2, "cube_root": 3}   # which root of the score is shown
 
-def display_score(
-    score,           # (...,) in [0, 1]
-    display="score", # score, square_root or cube_root (the reference)
-): # (...,) in [0, 1]
+def display_score(score, display="score"): # (...,) in [0, 1], score, square_root or cube_root (the reference)
     "Return a score as it is written beside a box; raises `InputError` for an unknown display."
     if display not in _DISPLAYS:
         raise InputError(f"display {display!r}: choose one of {', '.join(_DISPLAYS)}")
     return np.asarray(score) ** (1 / _DISPLAYS[display])
 
-# %% ../../nbs/reference/data/detections.ipynb #36877570
+# %% ../../nbs/reference/data/detections.ipynb #d8b097e5
 _CSV_COLUMNS = ("name", "frame", "time", "class", "score", "left", "top", "right", "bottom")
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -98,10 +95,8 @@ class Detections:
         "Write the drawn image; raises `InputError` without an image, or if it cannot be written."
         save_image(path, self.draw())
 
-    def crops(self,
-        margin=0.0, # fraction of a box's width and height added on each side
-    ): # [(h, w, 3) uint8 RGB], one a box, at least one pixel each
-        "Cut the boxes out of the image; raises `InputError` without an image."
+    def crops(self, margin=0.0): # [(h, w, 3) uint8 RGB], one a box, at least one pixel each
+        "Cut the boxes out, each enlarged on all sides by a fraction of its size."
         self._require_image()
         height, width = self.image.shape[:2]
         crops = []
@@ -129,16 +124,12 @@ class Detections:
             writer.writerow((self.name, self.index, time, name, f"{score:.4f}", *(f"{side:.1f}" for side in box)))
         return text.getvalue()
 
-    def to_coco(self,
-        image_id=None,     # needed if the file's name is not a number
-        category_ids=None, # one a class; None: 1, 2, 3, ...
-    ): # [{"image_id", "category_id", "bbox", "score"}]; x, y, width, height in pixels
-        "Return COCO results; raises `InputError` without an image id."
+    def to_coco(self, image_id=None, category_ids=None): # [{"image_id", "category_id", "bbox", "score"}]
+        "Return COCO results, by default with the file's number as id and categories 1, 2, 3, ..."
         stem = Path(self.name).stem
         if image_id is None and stem.isascii() and stem.isdigit(): image_id = int(stem)
         if image_id is None:
-            raise InputError(f"{self.name}: COCO results need a number for each image, "
-                             "and this name is not a number; give image_id")
+            raise InputError(f"{self.name}: COCO results need a number for each image; give image_id")
         ids = category_ids or range(1, len(self.class_names) + 1)
         if len(ids) != len(self.class_names):
             raise InputError(f"category_ids: {len(ids)} for {len(self.class_names)} classes; "

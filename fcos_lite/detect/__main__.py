@@ -26,11 +26,9 @@ class Options:
     Examples: photo.jpg holidays/ "more/*.png" --save csv coco crops; walk.mp4 --display cube_root;
     camera:0 (in a window; q or Esc ends it); camera:0 --headless --seconds 60
     """
-    # an image, a video, a folder, a pattern in quotes, an address (http, https), camera:NUMBER,
-    # or the address of a camera (rtsp)
+    # image, video, folder, pattern in quotes, address (http, https), camera:NUMBER, address of a camera (rtsp)
     sources: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="SOURCE ...")]
-    # a detector that comes with the library, the folder of a run, or a .weights.h5 file beside its config.json
-    weights: str = "person"
+    weights: str = "person" # shipped weights, the folder of a run, or a .weights.h5 file beside its config.json
     # where drawn images, videos and numbers go; detected, or nothing for a camera in a window
     out: Path | None = None
     force: bool = False # write into --out though it exists
@@ -43,8 +41,7 @@ class Options:
     screen: str | None = None # WIDTHxHEIGHT of the screen, pixels; it is measured
     seconds: float | None = None # end after so many seconds
     batch_size: int = 1 # images at a time; more are faster, and later
-    # which scores and overlaps count:
-    # camera IoU 0.3, score 0.2; reference 0.75, 0.05 (its evaluation); coco 0.6, 0.001
+    # preset of the four numbers below: IoU 0.3 and score 0.2; 0.75 and 0.05; 0.6 and 0.001
     thresholds: Literal["camera", "reference", "coco"] = "camera"
     nms: NMSConfig = CAMERA_NMS # single numbers of the thresholds
 

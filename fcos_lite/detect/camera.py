@@ -17,9 +17,7 @@ _MAX_BAD_READS = 30 # in a row, of which none gives an image, are the end of a c
 
 class LatestFrameReader:
     "A thread that reads a capture and keeps only the newest frame."
-    def __init__(self,
-        capture, # with `read` and `release`, as cv2.VideoCapture; only this thread uses it from now on
-    ):
+    def __init__(self, capture): # as cv2.VideoCapture; only this thread uses it from now on
         self.capture = capture
         self.changed = threading.Condition()
         self.latest = None   # (image, its number, when it arrived, seconds of reading), until it is taken
@@ -52,9 +50,7 @@ class LatestFrameReader:
             self.count += 1
             self.changed.notify_all()
 
-    def take(self,
-        wait, # seconds
-    ): # (image, its number, when it arrived, seconds of reading), or None if no new one came
+    def take(self, wait): # as `latest`, or None if no new frame comes within these seconds
         "Return the newest frame, each once."
         with self.changed:
             self.changed.wait_for(lambda: self.latest or self.stopped, wait)

@@ -53,12 +53,8 @@ def _next_image(capture): # (H, W, 3) uint8 BGR, or None at the end
         good, image = capture.read()
         if good and image is not None and image.size: return image
 
-def _next_time(
-    time, # of the frame before, seconds; None for the first
-    step, # by which the file's clock went on since then, seconds
-    fps,  # frames per second, used if the step is impossible
-): # seconds since the first frame
-    "Return when the next frame belongs."
+def _next_time(time, step, fps): # seconds since the first frame; None before it
+    "Return when the next frame belongs: a step of the file's clock later, or of the frame rate if that is impossible."
     if time is None: return 0.0
     return time + (step if 0 < step <= _MAX_PAUSE else 1 / fps)
 
@@ -102,10 +98,7 @@ _CODECS = {".mp4": "mp4v", ".m4v": "mp4v", ".mov": "mp4v", ".mkv": "mp4v", ".avi
 
 class VideoWriter:
     "A video file that plays as fast as its frames came; raises `InputError` if it cannot be written."
-    def __init__(self,
-        path,
-        fps=FALLBACK_FPS, # frames per second of the file
-    ):
+    def __init__(self, path, fps=FALLBACK_FPS): # frames per second of the file
         self.path = Path(path)
         self.fps = fps
         self.partial = self.path.with_name(f".partial-{self.path.name}") # OpenCV goes by the suffix
@@ -125,10 +118,7 @@ class VideoWriter:
             raise InputError(f"{self.path}: cannot be written; may you write to the folder, and has the disk room? "
                              "(.avi needs the least of OpenCV)")
 
-    def write(self,
-        image,     # (H, W, 3) uint8 RGB
-        when=None, # seconds since the first; None: one frame after the last
-    ):
+    def write(self, image, when=None): # (H, W, 3) uint8 RGB; seconds since the first, None: one frame after the last
         "Put a frame at its time."
         if self.writer is None: self._open(*image.shape[:2])
         width, height = self.size

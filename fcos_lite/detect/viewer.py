@@ -21,18 +21,13 @@ from ..visualize.drawing import paste_text, text_patch
 # %% ../../nbs/reference/detect/viewer.ipynb #0d5d734b
 class FPSMeter:
     "Frames per second and latency over the last frames."
-    def __init__(self,
-        over=30, # frames
-        clock=time.perf_counter, # seconds
-    ):
+    def __init__(self, over=30, clock=time.perf_counter): # frames; seconds
         self.clock = clock
         self.shown = deque(maxlen=over)
         self.latencies = deque(maxlen=over)
 
-    def tick(self,
-        arrived, # when the frame that is now shown had been read, by the same clock
-    ): # frames per second, 0 for the first; latency, seconds, median
-        "Count a frame."
+    def tick(self, arrived): # frames per second, 0 for the first; median latency, seconds
+        "Count the frame that is now shown, and arrived then, by the same clock."
         now = self.clock()
         self.shown.append(now)
         self.latencies.append(now - arrived)
@@ -40,11 +35,7 @@ class FPSMeter:
         return (len(self.shown) - 1) / span if span > 0 else 0.0, statistics.median(self.latencies)
 
 # %% ../../nbs/reference/detect/viewer.ipynb #9dc220b0
-def draw_fps(
-    image,   # (H, W, 3) uint8 RGB
-    rate,    # frames per second
-    latency, # seconds
-): # (H, W, 3) uint8 RGB, a copy
+def draw_fps(image, rate, latency): # (H, W, 3) uint8 RGB; frames per second; seconds -> a copy of the image
     "Write rate and latency into the left upper corner."
     image = np.array(image)
     size = max(10, round(max(image.shape[:2]) / 45))
@@ -60,9 +51,7 @@ import tkinter
 root = tkinter.Tk()
 print(root.winfo_screenwidth(), root.winfo_screenheight())"""
 
-def find_screen(
-    program=_PROBE, # what the small process runs
-): # width and height, pixels
+def find_screen(program=_PROBE): # what a small process runs -> width and height, pixels
     "Return the size of the screen that windows will be on; raises `InputError` if none can be opened."
     try: done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
     except subprocess.TimeoutExpired: done = subprocess.CompletedProcess([], 1, "", "")
@@ -78,18 +67,13 @@ def find_screen(
 
 # %% ../../nbs/reference/detect/viewer.ipynb #27c0c098
 class Window:
-    "A window that shows images until a key (q or Esc) is pressed or it is closed."
-    def __init__(self,
-        title="fcos_lite",
-        screen=None, # width and height, pixels; None: measured, raises `InputError` if there is none
-    ):
+    "A window that shows images until q or Esc is pressed or it is closed; raises `InputError` if there is no screen."
+    def __init__(self, title="fcos_lite", screen=None): # width and height, pixels; None: measured
         self.title = title
         self.screen = screen or find_screen()
         cv2.namedWindow(title, cv2.WINDOW_NORMAL | cv2.WINDOW_KEEPRATIO)
 
-    def show(self,
-        image, # (H, W, 3) uint8 RGB
-    ): # bool, whether to go on
+    def show(self, image): # (H, W, 3) uint8 RGB -> bool, whether to go on
         "Show an image, and look for a key."
         cv2.imshow(self.title, cv2.cvtColor(image, cv2.COLOR_RGB2BGR))
         ended = cv2.waitKey(1) & 0xFF in (27, ord("q"), ord("Q"))
@@ -113,11 +97,8 @@ class StreamStatistics:
         self.boxes += len(detections)
         for step, value in {**detections.seconds, **seconds}.items(): self.seconds[step] += value
 
-    def milliseconds(self): # {step: milliseconds an image}
-        return {step: 1000 * value / max(1, self.images) for step, value in self.seconds.items()}
-
     def __repr__(self):
-        steps = ", ".join(f"{step} {value:.0f}" for step, value in self.milliseconds().items())
+        steps = ", ".join(f"{step} {1000 * value / max(1, self.images):.0f}" for step, value in self.seconds.items())
         return (f"{self.images} images, {self.boxes} found; {self.rate:.1f} frames/s, "
                 f"{1000 * self.latency:.0f} ms late. Milliseconds an image: {steps}")
 

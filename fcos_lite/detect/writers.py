@@ -14,7 +14,7 @@ from .video import FALLBACK_FPS, VideoWriter
 from ..files import write_json
 from ..visualize.drawing import save_image
 
-# %% ../../nbs/reference/detect/writers.ipynb #d407c28c
+# %% ../../nbs/reference/detect/writers.ipynb #b10ce40b
 class ResultWriter:
     "Writes detections into a folder as they come."
     def __init__(self,
@@ -40,10 +40,7 @@ class ResultWriter:
     def _append(self, name, text, new):
         with open(self.out / name, "w" if new else "a", encoding="utf-8") as file: file.write(text)
 
-    def add(self,
-        detections,
-        drawn, # (H, W, 3) uint8 RGB, the image with its boxes
-    ):
+    def add(self, detections, drawn): # (H, W, 3) uint8 RGB, the image with its boxes
         "Write one image's or frame's detections; raises `InputError` if they cannot be written."
         first = not self.stems
         if detections.time is None: stem, coco_name = self._add_image(detections, drawn), detections.name

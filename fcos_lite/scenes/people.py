@@ -50,10 +50,7 @@ def mirrored(shapes): # [Shape]
     "Turn a figure to look the other way."
     return [Shape(np.asarray(shape.centers) * (-1, 1), shape.radii, shape.color) for shape in shapes]
 
-def render(
-    shapes, # [Shape], the hindmost first
-    scale,  # pixels of a standing person's height
-): # Sprite
+def render(shapes, scale): # [Shape], the hindmost first; pixels of a standing person's height -> Sprite
     "Draw a figure on a patch just large enough."
     centers = np.array([center for shape in shapes for center in shape.centers], np.float32)
     radii = np.array([radius for shape in shapes for radius in shape.radii], np.float32)[:, None]

@@ -31,12 +31,7 @@ def text_color(color): # "#000000" or "#FFFFFF"
     "Return the text colour with the better contrast on this background (WCAG 2)."
     return "#000000" if _luminance(color) > 0.179 else "#FFFFFF"
 
-def visible_boxes(
-    xyxy,   # (N, 4) pixels, or None
-    labels, # (N,) class indices, -1 for padding, -2 or less for a crowd; None: all 0
-    texts,  # N strings, or None
-    colors=PALETTE,
-): # [(box, color, text)]
+def visible_boxes(xyxy, labels, texts, colors=PALETTE): # as `draw_boxes` takes them -> [(box, color, text)]
     "Return the boxes to draw, without padding; raises `InputError` if the numbers differ."
     xyxy = np.reshape([] if xyxy is None else np.asarray(xyxy, float), (-1, 4))
     labels = np.zeros(len(xyxy), int) if labels is None else np.asarray(labels)
@@ -81,19 +76,17 @@ def draw_boxes(
     texts=None,  # N strings
     *,
     colors=PALETTE,
-    thickness=None, # pixels; None: it follows the image's size
 ): # (H, W, 3) uint8
     "Draw boxes on a copy of an image, each in its label's colour; the first box lies on top."
     image = np.array(image, np.uint8)
     if image.ndim != 3 or image.shape[2] != 3:
         raise InputError(f"image of shape {image.shape}: give an image (height, width, 3)")
     side = max(image.shape[:2])
-    thickness = thickness or max(1, round(side / 300))
     boxes = visible_boxes(xyxy, labels, texts, colors)
     for box, color, _ in boxes:
         left, top, right, bottom = (round(value) for value in np.clip(box, -9999, 99999).tolist())
         _paint_frame(image, (left - 1, top - 1, right + 1, bottom + 1), (255, 255, 255), 1)
-        _paint_frame(image, (left, top, right, bottom), rgb(color), thickness)
+        _paint_frame(image, (left, top, right, bottom), rgb(color), max(1, round(side / 300)))
     for box, color, text in reversed(boxes):
         if text: paste_text(image, text_patch(text, max(10, round(side / 45)), color), box)
     return image
@@ -116,10 +109,7 @@ def tile_images(
         canvas[y:y + h, x:x + w] = image
     return canvas
 
-def save_image(
-    path,  # its suffix names the format: .jpg, .png, .webp, ...
-    image, # (H, W, 3) uint8 RGB
-):
+def save_image(path, image): # the suffix names the format; (H, W, 3) uint8 RGB
     "Write an image, with its folder; raises `InputError` for an unknown suffix or if it cannot be written."
     suffix = Path(path).suffix.lower()
     kind = Image.registered_extensions().get(suffix)

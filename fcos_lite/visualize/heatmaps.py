@@ -26,8 +26,8 @@ def show_heatmap(
     image,  # (H, W, 3) uint8, or floats in [0, 1]
     values, # (h, w), NaN where nothing is to be seen; or (h, w, 4) colours in [0, 1]
     ax=None, title=None, # matplotlib axes, None: of a new figure; what to write above
-    *,
     low=None, high=None, # values of the first and the last colour; None: the least and the greatest
+    *,
     bar=None,            # name and unit of the values: adds a colour bar
     opacity=0.75,        # in [0, 1]
     colors="viridis",    # a matplotlib colour map

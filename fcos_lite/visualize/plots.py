@@ -30,14 +30,10 @@ def style(): # yields matplotlib.pyplot
     import matplotlib.pyplot as plt
     with plt.rc_context({**_RC_PARAMS, "axes.prop_cycle": plt.cycler(color=PALETTE)}): yield plt
 
-# %% ../../nbs/reference/visualize/plots.ipynb #db2bca35
+# %% ../../nbs/reference/visualize/plots.ipynb #dffea2f0
 class CompressedFigure:
     "A figure as a PNG of few colours, shown in a notebook in its place."
-    def __init__(self,
-        figure=None, # matplotlib figure, which is closed; None: the current one
-        colors=128,  # at most 256
-        dpi=120,     # pixels per inch
-    ):
+    def __init__(self, figure=None, colors=128, dpi=120): # None: the current one, which is closed
         import matplotlib.pyplot as plt
         figure = figure or plt.gcf()
         full, small = io.BytesIO(), io.BytesIO()
@@ -73,9 +69,9 @@ def image_axes(
         ax.spines[:].set_visible(False)
     return ax
 
-# %% ../../nbs/reference/visualize/plots.ipynb #bb85b574
+# %% ../../nbs/reference/visualize/plots.ipynb #48a19567
 def add_box(ax, box, color, text=None, dashed=False):
-    "Draw one box (xyxy, in the axes' units) with a white casing and a text on top, or inside if there is no room above."
+    "Draw one box (xyxy) with a white casing and a text on top, or inside if there is no room above."
     from matplotlib.patches import Rectangle
     left, top, right, bottom = box
     for width, edge, dash in ((2.7, "white", "-"), (1.3, color, (0, (3, 2)) if dashed else "-")):
