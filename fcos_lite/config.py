@@ -14,7 +14,7 @@ import math
 import typing
 from dataclasses import dataclass, field
 from typing import Literal
-from .errors import InputError, check
+from .errors import InputError
 
 # %% ../nbs/reference/foundation/config.ipynb #22b3cb0d
 def _choose(config): # dataclass with fields of type Literal[...]
@@ -31,7 +31,7 @@ def _limit(config, *names, least=0, most=math.inf):
         if value is None or least <= value <= most: continue
         if most < math.inf: raise InputError(f"{name} {value}: must be between {least} and {most}")
         raise InputError(f"{name} {value}: "
-                         f"" + ("must not be negative" if least == 0 else f"must be at least {least}"))
+                         + ("must not be negative" if least == 0 else f"must be at least {least}"))
 
 # %% ../nbs/reference/foundation/config.ipynb #e15c4a36
 @dataclass(frozen=True)
@@ -273,7 +273,9 @@ class TrainConfig:
         groups = {name: {} for name in _GROUPS}
         for name in list(fields):
             group = _GROUP_OF.get(name)
-            if group is None and name not in _OWN: raise InputError(f"{name}: no field of a TrainConfig; choose from {', '.join([*_OWN, *_GROUP_OF])}")
+            if group is None and name not in _OWN:
+                known = ", ".join([*_OWN, *_GROUP_OF])
+                raise InputError(f"{name}: no field of a TrainConfig; choose from {known}")
             if group: groups[group][name] = fields.pop(name)
         changed = {name: dataclasses.replace(getattr(self, name), **values) for name, values in groups.items() if values}
         return dataclasses.replace(self, **fields, **changed)
@@ -295,7 +297,8 @@ def from_json(
     "Return a configuration that was stored as JSON; raises TypeError for unknown fields, `InputError` for bad values."
     def plain(value): return tuple(value) if isinstance(value, list) else value
     if kind is TrainConfig:
-        return kind(**{name: from_json(_GROUPS[name], value) if name in _GROUPS else plain(value) for name, value in values.items()})
+        groups = {name: from_json(_GROUPS[name], values[name]) for name in _GROUPS if name in values}
+        return kind(**{name: plain(value) for name, value in values.items()} | groups)
     return kind(**{name: plain(value) for name, value in values.items()})
 
 # %% ../nbs/reference/foundation/config.ipynb #6f7b6376
