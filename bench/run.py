@@ -216,7 +216,8 @@ def training_rows(results): # [(what, ratio, mark)]
                f"{row['ratio']:.2f} ×", "")
     for name, words in (("training_step", "training step / bare forward and backward"),
                         ("detect", "`detect` end to end / bare forward")):
-        for size, row in results.get(name, {}).items(): yield f"{words}, {size}²", f"{row['ratio']:.2f} ×", "≤ 1.10 ×"
+        for size, row in results.get(name, {}).items():
+            yield f"{words}, {size}²", f"{row['ratio']:.2f} ×", "≤ 1.10 ×"
     for count, row in results.get("targets", {}).items():
         yield (f"target assignment, fraction of the step, batch 4, 512², {count} boxes an image",
                f"{row['share_of_step']:.1%}", "≤ 3 %")

@@ -102,7 +102,8 @@ class StageConfig:
     freeze: tuple[str, ...] = ()             # components that do not learn: backbone, pyramid, fpn (both), heads
 
     def __post_init__(self):
-        try: _limit(self, "learning_rate", "min_learning_rate", "warmup_steps", "fpn_lr_multiplier", "heads_lr_multiplier")
+        rates = "learning_rate", "min_learning_rate", "fpn_lr_multiplier", "heads_lr_multiplier"
+        try: _limit(self, *rates, "warmup_steps")
         except InputError as error: raise InputError(f"stage {self.name}: {error}") from None
         if self.epochs is not None and self.epochs < 1:
             raise InputError(f"stage {self.name}: epochs {self.epochs}: must be at least 1")
@@ -265,7 +266,7 @@ class TrainConfig:
         for (first, last), (start, end) in zip(chunks, chunks[1:]):
             if start < last:
                 raise InputError(f"stages: "
-                                 f"the images {first}:{last} and {start}:{end} overlap, so some would be in two chunks; "
+                                 f"the images {first}:{last} and {start}:{end} overlap; "
                                  "let one end where the next begins (the same chunk twice, or a stage on all, is fine)")
 
     def change(self, **fields): # fields of this class or of its groups, by their own names
@@ -277,7 +278,8 @@ class TrainConfig:
                 known = ", ".join([*_OWN, *_GROUP_OF])
                 raise InputError(f"{name}: no field of a TrainConfig; choose from {known}")
             if group: groups[group][name] = fields.pop(name)
-        changed = {name: dataclasses.replace(getattr(self, name), **values) for name, values in groups.items() if values}
+        changed = {name: dataclasses.replace(getattr(self, name), **values)
+                   for name, values in groups.items() if values}
         return dataclasses.replace(self, **fields, **changed)
 
     def flat(self): # {field: value} of this class and its groups
@@ -303,14 +305,16 @@ def from_json(
 
 # %% ../nbs/reference/foundation/config.ipynb #6f7b6376
 REFERENCE_RECIPE = TrainConfig()
-REFERENCE_CURRICULUM = {"training_images": 38_800, "validation_images": 1_200, "chunk_images": 10_000, "chunk_epochs": 30,
-                        "finetune_epochs": 10, "finetune_rate_fpn": 1e-6, "finetune_rate_heads": 1e-5}
+REFERENCE_CURRICULUM = {
+    "training_images": 38_800, "validation_images": 1_200, "chunk_images": 10_000, "chunk_epochs": 30,
+    "finetune_epochs": 10, "finetune_rate_fpn": 1e-6, "finetune_rate_heads": 1e-5}
 SCRATCH_RECIPE = REFERENCE_RECIPE.change(
     level_rule="relative_area", center_radius=1.5, crowd_policy="ignore",
     ltrb_weighting="centerness", centerness_normalizer="positives",
     batch_size=8, gradient_accumulation_steps=1, learning_rate=1e-3, min_learning_rate=2e-5, warmup_steps=200,
     weight_decay=0.05, flip=0.5, zoom=(0.75, 1.33), epochs=30, early_stopping_patience=0, monitor="AP")
-LONG_RECIPE = SCRATCH_RECIPE.change(batch_size=32, learning_rate=1.5e-3, zoom=(0.5, 1.5), color_jitter=0.3, mosaic=0.2, epochs=300)
+LONG_RECIPE = SCRATCH_RECIPE.change(batch_size=32, learning_rate=1.5e-3, zoom=(0.5, 1.5),
+                                    color_jitter=0.3, mosaic=0.2, epochs=300)
 RECIPES = {"reference": REFERENCE_RECIPE, "scratch": SCRATCH_RECIPE, "long": LONG_RECIPE}
 
 # %% ../nbs/reference/foundation/config.ipynb #1c55df24

@@ -28,7 +28,8 @@ def atomic_path(
 ): # yields the temporary Path to write to
     """Write a file or a folder under a temporary name and rename it at the end of the block.
 
-    Raises `InputError` if it cannot be written; after any error nothing is left behind and what was at `path` before is kept."""
+    Raises `InputError` if it cannot be written; after any error nothing is left behind, and what was
+    at `path` before is kept."""
     path, aside = Path(path), temporary_name(path)
     _remove(aside)
     try:
@@ -88,7 +89,8 @@ def verify_checksum(
         if required: raise InputError(f"{path}: {beside.name} is missing beside it; download both again")
         return
     if beside.read_text(encoding="utf-8").split()[:1] != [sha256_of(path)]:
-        raise InputError(f"{path}: SHA-256 does not match {beside.name}: the file is damaged or was replaced. Download it again")
+        raise InputError(f"{path}: SHA-256 does not match {beside.name}: "
+                         "the file is damaged or was replaced. Download it again")
 
 # %% ../nbs/reference/foundation/files.ipynb #b6512c10
 @contextlib.contextmanager
@@ -102,7 +104,8 @@ def folder_lock(path): # a folder
     try:
         try: fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise InputError(f"{path}: another process is at work in this folder; wait for its end, or stop it first") from None
+            raise InputError(f"{path}: another process is at work in this folder; "
+                             "wait for its end, or stop it first") from None
         except OSError: pass   # some network file systems have no locks
         yield
     finally: os.close(folder)
@@ -120,7 +123,8 @@ def require_new_folder(
     parent = next(folder for folder in (out, *out.absolute().parents) if folder.exists())
     if parent.is_file(): raise InputError(f"--out {out}: {parent} is a file; choose another folder")
     if not os.access(parent, os.W_OK):
-        raise InputError(f"--out {out}: {parent} cannot be written to; choose another folder, or change its permissions")
+        raise InputError(f"--out {out}: {parent} cannot be written to; "
+                         "choose another folder, or change its permissions")
     if not out.exists() or not any(out.iterdir()): return False
     if not force:
         raise InputError(f"--out {out}: the folder exists and is not empty; "

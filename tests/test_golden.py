@@ -1,4 +1,4 @@
-"""What no change of names or places may change: the numbers of parameters, what `person` finds, how good it is, and what the demo learns, seed for seed."""
+"""What no change of names or places may change: parameters, what `person` finds, its AP, the demo's losses."""
 import csv
 import json
 import os
@@ -14,7 +14,7 @@ from fcos_lite.detector.model import FCOS
 from fcos_lite.data.datasets import read_dataset
 
 GOLDEN = json.loads(Path(__file__).with_name("golden.json").read_text(encoding="utf-8"))
-PHOTOGRAPHS = os.environ.get("FCOS_LITE_PHOTOGRAPHS")   # the folder with the 2,276 + 400 photographs that README.md measures on
+PHOTOGRAPHS = os.environ.get("FCOS_LITE_PHOTOGRAPHS")   # folder of the photographs that README.md measures on
 
 def test_parameter_counts():
     model = FCOS(REFERENCE)
@@ -34,7 +34,8 @@ def test_the_demo_learns_the_same_seed_for_seed(tmp_path):
     train.main([*demo.FLAGS, "--scenes", "48", "--epochs", "2", "--evaluate-every", "2", "--out", str(out)])
     with open(out / "metrics.csv", encoding="utf-8") as file: rows = list(csv.DictReader(file))
     for row, golden in zip(rows, GOLDEN["demo"], strict=True):
-        for name, value in golden.items(): assert float(row[name]) == pytest.approx(value, rel=5e-3), (row["epoch"], name)
+        for name, value in golden.items():
+            assert float(row[name]) == pytest.approx(value, rel=5e-3), (row["epoch"], name)
 
 @pytest.mark.slow
 @pytest.mark.skipif(not PHOTOGRAPHS, reason="FCOS_LITE_PHOTOGRAPHS names no folder with the photographs")
