@@ -88,11 +88,10 @@ class Batches(keras.utils.PyDataset):
         if batch_size < 1 or image_size < 1:
             raise InputError(f"batch_size {batch_size}, image_size {image_size}: both must be at least 1")
         if not 0 <= shard[0] < shard[1] or batch_size % shard[1]:
-            raise InputError(f"batch_size {batch_size}, shard {shard[0]} of {shard[1]}: a batch must divide into "
-                             f"equal parts, counted from 0; make it a multiple of {shard[1]}")
+            raise InputError(f"batch_size {batch_size}, shard {shard}: a batch must divide into equal parts, "
+                             f"counted from 0; make it a multiple of {shard[1]}")
         if shard[1] > 1 and not drop_last:
-            raise InputError(f"shard {shard[0]} of {shard[1]}: a short last batch cannot be divided; "
-                             "give drop_last=True")
+            raise InputError(f"shard {shard}: a short last batch cannot be divided; give drop_last=True")
         self.examples, self.batch_size, self.image_size = examples, batch_size, image_size
         self.max_boxes = max_boxes or count_max_boxes(examples)
         self.shuffle_seed, self.drop_last, self.pad_value = shuffle_seed, drop_last, pad_value
@@ -118,8 +117,8 @@ class Batches(keras.utils.PyDataset):
 
     def _rows(self, index, i, n): # the i-th of n equal parts of a batch
         order = self.order()[index * self.batch_size:(index + 1) * self.batch_size]
-        how = self.image_size, self.max_boxes, self.pad_value
-        rows = [letterbox_example(self._read(int(k)), *how) for k in np.split(order, n)[i]]
+        rows = [letterbox_example(self._read(int(k)), self.image_size, self.max_boxes, self.pad_value)
+                for k in np.split(order, n)[i]]
         return {name: np.stack([row[name] for row in rows]) for name in rows[0]}
 
     def _read(self, i): # Example whose image is an array

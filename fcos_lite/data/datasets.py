@@ -19,7 +19,7 @@ from .voc import open_voc, split_list
 from .yolo import load_data_yaml, open_yolo, yolo_folders
 from ..errors import InputError
 
-# %% ../../nbs/reference/data/datasets.ipynb #c87cbf7a
+# %% ../../nbs/reference/data/datasets.ipynb #02fd3e8a
 _LAYOUTS = {   # the files that give a layout away, and what reads it
     "COCO": (("annotations/*.json", "*/_annotations.coco.json"), open_coco),
     "YOLO": (("*.yaml", "*.yml"), open_yolo),
@@ -31,7 +31,7 @@ def _detect_layout(folder): # a key of _LAYOUTS
     layouts = [layout for layout, (patterns, _) in _LAYOUTS.items()
                if any(next(folder.glob(pattern), None) for pattern in patterns)]
     if not layouts:
-        wanted = ", ".join(f"{layout} has {' or '.join(files)}" for layout, (files, _) in _LAYOUTS.items())
+        wanted = ", ".join(f"{name} has {' or '.join(files)}" for name, (files, _) in _LAYOUTS.items())
         seen = sorted(reprlib.repr(file.name) for file in folder.iterdir())
         raise InputError(f"{folder}: no layout that is known: {wanted}; this folder has "
                          f"{', '.join(seen[:8]) or 'nothing'}. Name the folder that holds these")
@@ -45,7 +45,7 @@ def _require_folder(folder): # Path
     if folder.is_dir(): return folder
     raise InputError(f"{folder}: no such folder; give one in the layout of COCO, YOLO or Pascal VOC")
 
-# %% ../../nbs/reference/data/datasets.ipynb #bafea83f
+# %% ../../nbs/reference/data/datasets.ipynb #b9e5e566
 def has_split(folder, split): # bool
     "Tell whether a folder claims to have a split; raises `InputError` if its layout is unknown."
     folder = _require_folder(folder)
@@ -56,8 +56,7 @@ def has_split(folder, split): # bool
 
 def list_splits(folder): # [str]
     "List those of train2017 and val2017 that a dataset has; of one without any list of its splits, the first."
-    splits = "train2017", "val2017"
-    return [split for split in splits if has_split(folder, split)] or ["train2017"]
+    return [split for split in ("train2017", "val2017") if has_split(folder, split)] or ["train2017"]
 
 # %% ../../nbs/reference/data/datasets.ipynb #d830128f
 def _class_labels(
@@ -75,7 +74,7 @@ def _class_labels(
     indices = {name: index for index, name in enumerate(names)}
     return names, {key: indices.get(name) for key, name in categories.items()}
 
-# %% ../../nbs/reference/data/datasets.ipynb #d7ff1c3c
+# %% ../../nbs/reference/data/datasets.ipynb #813be9f3
 def read_dataset(
     folder,             # in the layout of COCO, YOLO or Pascal VOC
     split,              # train2017, val2017 or another; in the folder the digits may be missing
@@ -88,8 +87,7 @@ def read_dataset(
     "Read a split of a dataset; raises `InputError` that names the file, the field and what to do."
     folder = _require_folder(folder)
     if limit is not None and limit < 1: raise InputError(f"limit {limit}: give at least 1 image")
-    if layout not in (None, *_LAYOUTS):
-        raise InputError(f"layout {layout!r}: choose from {', '.join(_LAYOUTS)}")
+    if layout not in (None, *_LAYOUTS): raise InputError(f"layout {layout!r}: choose from {', '.join(_LAYOUTS)}")
     layout = layout or _detect_layout(folder)
     categories, entries, report = _LAYOUTS[layout][1](folder, split, limit)
     if layout == "VOC" and not categories.keys().isdisjoint(class_names or ()):

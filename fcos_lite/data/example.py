@@ -53,7 +53,7 @@ def pluralize(n, word):
     "Return a number and its noun: 1 box, 2 boxes."
     return f"{n:,} {word}{'' if n == 1 else 'es' if word.endswith('x') else 's'}"
 
-# %% ../../nbs/reference/data/example.ipynb #a96d9260
+# %% ../../nbs/reference/data/example.ipynb #5df45fde
 @dataclass
 class ReadReport:
     "What was read, and what was left out and why."
@@ -75,8 +75,7 @@ class ReadReport:
         if self.boxes is not None:
             counts += (f" ({self.empty:,} without a box), {pluralize(self.boxes, 'box')}, "
                        f"{pluralize(self.crowds, 'crowd region')}")
-        skipped = [f"  {n:,} skipped: {reason}; first: {self.first[reason]}"
-                   for reason, n in self.skipped.items()]
+        skipped = [f"  {n:,} skipped: {reason}; first: {self.first[reason]}" for reason, n in self.skipped.items()]
         text = "\n".join([self.path, counts, *skipped, *(f"  note: {note}" for note in self.notes)])
         return text.encode("utf-8", "backslashreplace").decode()   # file names need not be text
 
@@ -123,7 +122,7 @@ def split_names(split): # [str]
     short = split.rstrip("0123456789")
     return list(dict.fromkeys([split, short, "valid" if short == "val" else short]))
 
-# %% ../../nbs/reference/data/example.ipynb #8fdd4560
+# %% ../../nbs/reference/data/example.ipynb #c3c48ac9
 class Row(NamedTuple):
     "One box as its file has it, not yet checked."
     where: str           # in the file, for messages
@@ -174,8 +173,7 @@ def _read_boxes(entry, size, labels, report, extents): # corners (N, 4), labels 
             if label is None: continue
             box = left, top, right, bottom = box_corners(bbox, *size)
         except InvalidAnnotation as reason:
-            case = f"{where}, category {category}, bbox {reprlib.repr(bbox)}"
-            report.skip(f"box {reason}", case)
+            report.skip(f"box {reason}", f"{where}, category {category}, bbox {reprlib.repr(bbox)}")
             continue
         x, y, w, h = bbox
         extents.extend((x / size[0], y / size[1], (x + w) / size[0], (y + h) / size[1]))
@@ -220,8 +218,7 @@ def build_examples(
     examples, extents, parents = [], array("d"), set()
     for entry in entries:
         if not _is_file(entry.file, folder, parents):
-            case = f"{entry.file}: no such file; copy or download it again"
-            report.skip("image that is missing", case)
+            report.skip("image that is missing", f"{entry.file}: no such file; copy or download it again")
             continue
         try: examples.append(_build_example(entry, labels, report, extents))
         except InputError as error: report.skip("image that cannot be read", str(error))

@@ -11,7 +11,7 @@ import numpy as np
 from .images import cv2   # which explains what to do if OpenCV cannot be loaded
 from ..errors import InputError
 
-# %% ../../nbs/reference/data/letterbox.ipynb #7fb92424
+# %% ../../nbs/reference/data/letterbox.ipynb #3b5d820e
 def _resize(image, width, height): # (h, w, 3) uint8 -> (height, width, 3) uint8
     shrinks = width * height < image.shape[0] * image.shape[1]
     return cv2.resize(image, (width, height), None, 0, 0, cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR)
@@ -74,10 +74,10 @@ class Letterbox:
 
     @property
     def _scale(self):
-        return np.array([self.scaled_width / self.width, self.scaled_height / self.height] * 2, np.float32)
+        return np.float32([self.scaled_width / self.width, self.scaled_height / self.height] * 2)
 
     @property
-    def _shift(self): return np.array([self.left, self.top] * 2, np.float32)
+    def _shift(self): return np.float32([self.left, self.top] * 2)
 
     def boxes_in(self,
         boxes, # (N, 4) xyxy, pixels of the image
@@ -89,5 +89,5 @@ class Letterbox:
         boxes, # (N, 4) xyxy, pixels of the square
     ): # (N, 4) float32 xyxy, pixels of the image
         "Move boxes from the square into the image's own pixels, cut to it."
-        limit = np.array([self.width, self.height] * 2, np.float32)
-        return np.clip((np.asarray(boxes, np.float32) - self._shift) / self._scale, 0, limit)
+        boxes = (np.asarray(boxes, np.float32) - self._shift) / self._scale
+        return np.clip(boxes, 0, np.float32([self.width, self.height] * 2))
