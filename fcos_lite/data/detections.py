@@ -24,7 +24,7 @@ def display_score(score, display="score"): # (...,) in [0, 1], score, square_roo
         raise InputError(f"display {display!r}: choose one of {', '.join(_DISPLAYS)}")
     return np.asarray(score) ** (1 / _DISPLAYS[display])
 
-# %% ../../nbs/reference/data/detections.ipynb #d8b097e5
+# %% ../../nbs/reference/data/detections.ipynb #5dec2e09
 _CSV_COLUMNS = ("name", "frame", "time", "class", "score", "left", "top", "right", "bottom")
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -75,8 +75,8 @@ class Detections:
     def _repr_jpeg_(self):
         if self.image is None: return None
         image, jpeg = Image.fromarray(self.draw()), io.BytesIO()
-        image.thumbnail((800, 800))
-        image.save(jpeg, "JPEG", quality=88)
+        image.thumbnail((512, 512))
+        image.save(jpeg, "JPEG", quality=80)
         return jpeg.getvalue()
 
     def _require_image(self):
