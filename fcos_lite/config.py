@@ -4,9 +4,8 @@
 
 # %% auto #0
 __all__ = ['REFERENCE', 'MODELS', 'REFERENCE_RECIPE', 'REFERENCE_CURRICULUM', 'SCRATCH_RECIPE', 'LONG_RECIPE', 'RECIPES',
-           'REFERENCE_NMS', 'CAMERA_NMS', 'COCO_NMS', 'NMS_PRESETS', 'ModelConfig', 'StageConfig', 'parse_stage',
-           'TargetConfig', 'LossConfig', 'AugmentConfig', 'OptimizerConfig', 'TrainConfig', 'from_json', 'NMSConfig',
-           'get_nms_config']
+           'REFERENCE_NMS', 'CAMERA_NMS', 'COCO_NMS', 'NMS_PRESETS', 'ModelConfig', 'StageConfig', 'TargetConfig',
+           'LossConfig', 'AugmentConfig', 'OptimizerConfig', 'TrainConfig', 'NMSConfig', 'get_nms_config']
 
 # %% ../nbs/reference/foundation/config.ipynb #0ed5579b
 import dataclasses
