@@ -136,7 +136,7 @@ class Pairs(keras.utils.PyDataset):
 def test_fit_takes_arrays_a_dataset_or_a_pydataset():
     keras.utils.set_random_seed(0)
     model, y = FCOS(TINY, TARGETS), {"boxes": BOXES, "labels": LABELS}
-    model.compile(optimizer=keras.optimizers.Adam(1e-3))
+    model.compile(optimizer=keras.optimizers.Adam(1e-3), run_eagerly=True)   # three graphs would take a minute
     history = [model.fit(IMAGES, y, batch_size=2, epochs=2, verbose=0, shuffle=False).history["loss"],
                model.fit(tf.data.Dataset.from_tensor_slices((IMAGES, y)).batch(2), epochs=2, verbose=0).history["loss"],
                model.fit(Pairs(), epochs=2, verbose=0, shuffle=False).history["loss"]]
