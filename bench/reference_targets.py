@@ -21,7 +21,7 @@ def reference_targets(
     labels, # (M,) class indices
     image_size=512, # pixels
     num_classes=1,
-): # lists of one tensor per level: cls (H, W, classes), ltrb (H, W, 4) in strides, centerness (H, W, 1); 0 at background
+): # lists of one tensor per level: cls (H, W, classes), ltrb (H, W, 4) strides, centerness (H, W, 1)
     "Return what every location of one image has to learn."
     sides = [image_size // (4 << level) for level in range(LEVELS)]
     cls_targets = [tf.zeros((side, side, num_classes)) for side in sides]
@@ -52,7 +52,8 @@ def reference_targets(
         one_hot = tf.one_hot(int(label), num_classes)
         cls_targets[level] = tf.where(mask, one_hot, cls_targets[level])
 
-        l, t, r, b = (x_img - x_min) / stride, (y_img - y_min) / stride, (x_max - x_img) / stride, (y_max - y_img) / stride
+        l, t = (x_img - x_min) / stride, (y_img - y_min) / stride
+        r, b = (x_max - x_img) / stride, (y_max - y_img) / stride
         ltrb_targets[level] = tf.where(mask, tf.stack([l, t, r, b], axis=-1), ltrb_targets[level])
 
         horizontal = tf.minimum(l, r) / (tf.maximum(l, r) + 1e-6)

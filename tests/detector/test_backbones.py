@@ -1,4 +1,4 @@
-"""A pretrained backbone: its statistics never change, its weights arrive where they belong, what cannot be used is refused."""
+"""A pretrained backbone: its statistics never change, its weights arrive, what cannot be used is refused."""
 import dataclasses
 import json
 import os

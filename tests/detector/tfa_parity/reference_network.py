@@ -91,7 +91,8 @@ class FCOSModel(tf.keras.Model):
         self.cls_head = head(num_classes, -np.log((1 - 0.05) / 0.05), "Classification")
         self.reg_head = head(4, -np.log(100), "Regression")
         self.ctr_head = head(1, -2.0, "Centerness")
-        self.scale = [self.add_weight(f"scale_{level}", (), initializer=tf.constant_initializer(0.1)) for level in range(4)]
+        start = tf.constant_initializer(0.1)
+        self.scale = [self.add_weight(f"scale_{level}", (), initializer=start) for level in range(4)]
         self(layers.Input((image_size, image_size, 3)))
         heads = [self.cls_tower, self.reg_tower, self.cls_head, self.reg_head, self.ctr_head]
         self.in_order = [weight for layer in fpn.layers + heads for weight in layer.weights] + self.scale
@@ -110,7 +111,8 @@ class FCOSModel(tf.keras.Model):
         wanted, given = [tuple(w.shape) for w in self.in_order], [v.shape for v in values]
         for place, (want, have) in enumerate(zip(wanted, given)):
             if want != have:
-                raise SystemExit(f"weight {place}, {self.in_order[place].name}: the reference's has shape {want}, the one given {have}")
+                name = self.in_order[place].name
+                raise SystemExit(f"weight {place}, {name}: the reference's has shape {want}, the one given {have}")
         if len(wanted) != len(given):
             raise SystemExit(f"the reference's network has {len(wanted)} weights; {len(given)} were given")
         for weight, value in zip(self.in_order, values):
@@ -135,7 +137,8 @@ def main():
     model = FCOSModel(images.shape[1])
     model.load([weights[name] for name in sorted(weights.files)])
     outputs = model(tf.constant(images, tf.float32) / 255.0)
-    named = {f"{kind}_P{level}": m.numpy() for kind, maps in zip(("cls", "reg", "ctr"), outputs) for level, m in enumerate(maps, start=2)}
+    named = {f"{kind}_P{level}": m.numpy() for kind, maps in zip(("cls", "reg", "ctr"), outputs)
+             for level, m in enumerate(maps, start=2)}
     np.savez(arguments.output, **named)
 
 
