@@ -124,7 +124,8 @@ class Inspect(_Read):
         if self.image_size is not None: config = replace(config, image_size=self.image_size)
         records, sections = any(self.data.glob("*-of-*.tfrecord")), []
         for split in self.split or (list_record_splits if records else list_splits)(self.data):
-            examples = Records(self.data, split)[:self.limit] if records else self.read(split)
+            examples = self.read(split) if not records else \
+                Records(self.data, split).in_original_pixels()[:self.limit]
             name, text, figures = dataset_report(
                 examples, f"{self.data}, {split}", config, RECIPES[self.recipe].targets, self.sample)
             sections.append((name, f"{examples.report}\n{text}", figures))

@@ -179,7 +179,7 @@ def _learn(run, train, validation, tracking, *, network, recipe, config, group):
     run.commit()
     for plan in remaining_stages(plans, run.path):
         if len(plans) > 1: run.log(str(plan))
-        batches = (RecordBatches if isinstance(train, Records) else Batches)(
+        batches = (RecordBatches if isinstance(images, Records) else Batches)(
             images[plan.images] if plan.stage.images else images, recipe.batch_size, network.image_size,
             max_boxes=count_max_boxes(images), shuffle_seed=config.seed, drop_last=True, pad_value=network.pad_value,
             max_bad_share=config.max_bad_share, shard=group.shard(recipe.batch_size),
