@@ -18,7 +18,8 @@ def box_levels(
     level_areas, # largest area of each level but the last, pixels²
 ): # (...) int32: 0 is the finest level
     "Return the pyramid level of each box by its area: how many limits it exceeds."
-    return sum(ops.cast(areas > largest, "int32") for largest in level_areas)
+    exceeded = (ops.cast(areas > largest, "int32") for largest in level_areas)
+    return sum(exceeded, ops.zeros(ops.shape(areas), "int32"))
 
 # %% ../../nbs/book/07_targets.ipynb #f1e761ba
 def cell_centres(
