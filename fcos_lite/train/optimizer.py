@@ -129,7 +129,7 @@ def flush_accumulation(
     if waiting:
         for total in optimizer._accumulated_gradients: total.assign(total * (full / waiting))
         optimizer._iterations.assign_add(full - 1 - waiting)
-        optimizer.apply([ops.zeros_like(variable) for variable in optimizer._trainable_variables])
+        optimizer.apply([ops.zeros(variable.shape, variable.dtype) for variable in optimizer._trainable_variables])
     return waiting
 
 # %% ../../nbs/book/12_training.ipynb #g15a072
